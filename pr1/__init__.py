@@ -1,0 +1,1 @@
+"""A lean, custom-kernel GRPO trainer for visual perception."""

@@ -1,0 +1,56 @@
+"""Greedy answers on a set of records, and the metrics of a task on them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pr1.kernels import Sampling
+from pr1.progress import track
+from pr1.rollout import generate
+
+
+def item_score(logp: np.ndarray, spans: list[tuple[int, int]], start: int, end: int) -> float:
+    """Geometric mean of the probabilities of the tokens that wrote text[start:end].
+
+    logp: (C,) log-probs of the completion's tokens; spans: their character spans.
+    """
+    inside = [lp for lp, (a, b) in zip(logp, spans) if a < end and b > start]
+    return math.exp(float(np.mean(inside))) if inside else 0.0
+
+
+def prediction(task, family, sample, rollout) -> dict:
+    """One line of a predictions file: boxes in original pixels, each with the policy's own score."""
+    ids = rollout.completion_ids[:-1] if rollout.finished else rollout.completion_ids
+    spans, logp = family.token_spans(ids), rollout.logp_rollout.numpy()
+    items = [
+        {"label": found.label, "bbox": [float(x) for x in found.xyxy],
+         "score": item_score(logp, spans, found.start, found.end)}
+        for found in task.boxes(rollout.text, sample) if found.valid
+    ]  # fmt: skip
+    frame = sample.frames[0]
+    return {"id": sample.id, "image_id": sample.target.image_id, "width": frame.width, "height": frame.height,
+            "text": rollout.text, "items": items}  # fmt: skip
+
+
+def predict(policy, task, records, cfg, world, label: str = "evaluating") -> list[dict]:
+    """Greedy predictions on all records, in order, on every rank; each rank answers a contiguous share."""
+    sampling = Sampling(temperature=0.0, max_new_tokens=cfg.max_new_tokens)
+    share, lines = world.share(len(records)), []
+    per_batch = max(1, cfg.rollout_batch)
+    starts = range(share.start, share.stop, per_batch)
+    for start in track(starts, label) if world.main else starts:
+        samples = [task.build(records[i], policy.family) for i in range(start, min(start + per_batch, share.stop))]
+        rollouts = generate(policy, samples, 1, sampling, seed=0, step=0, first=start, batch=per_batch)
+        rewards, _ = task.reward([[r.text] for r in rollouts], samples)
+        for sample, rollout, reward in zip(samples, rollouts, rewards[:, 0]):
+            lines.append({**prediction(task, policy.family, sample, rollout), "reward": float(reward)})
+    return [line for part in world.gather(lines) for line in part]
+
+
+def evaluate(policy, task, records, cfg, world, label: str = "evaluating") -> tuple[dict, list[dict]]:
+    """({metric: value}, predictions): the task's metrics and the mean reward of the greedy answers."""
+    predictions = predict(policy, task, records, cfg, world, label)
+    metrics = task.evaluate(predictions, records)
+    return {**metrics, "reward": float(np.mean([p["reward"] for p in predictions]))}, predictions
