@@ -30,4 +30,4 @@ lint: build
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	rm -f pr1/_C*.so
-	find bench kernels pr1 tests -name __pycache__ -type d -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from pr1.config import Config
 from pr1.data.scenes import SceneDataset, SceneOptions
@@ -13,6 +14,8 @@ from pr1.families import load_family
 from pr1.policy import FeatureCache, Policy
 from pr1.progress import track
 from pr1.world import World
+
+disable_progress_bar()  # of the weights; a run has bars of its own
 
 TINY = Path(__file__).parent / "assets" / "tiny-qwen2.5-vl"
 TRAIN_SCENES = 1 << 16
@@ -69,7 +72,7 @@ def build_policy(cfg: Config, family, world: World, weights: Path | None = None)
     return Policy(family, model, world.device, train_vision=cfg.train_vision, cache=cache)
 
 
-def build_reference(cfg: Config, family, policy: Policy, world: World) -> Policy | None:
+def build_reference(cfg: Config, family, world: World, policy: Policy) -> Policy | None:
     """The frozen starting policy, held only when the KL has a coefficient. A frozen tower is shared with the policy."""
     if cfg.kl_coef == 0:
         return None

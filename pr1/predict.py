@@ -8,6 +8,7 @@ import numpy as np
 
 from pr1.kernels import Sampling
 from pr1.progress import track
+from pr1.report import encode_image
 from pr1.rollout import generate
 
 
@@ -54,3 +55,17 @@ def evaluate(policy, task, records, cfg, world, label: str = "evaluating") -> tu
     predictions = predict(policy, task, records, cfg, world, label)
     metrics = task.evaluate(predictions, records)
     return {**metrics, "reward": float(np.mean([p["reward"] for p in predictions]))}, predictions
+
+
+def report_samples(predictions: list[dict], records, n: int) -> list[dict]:
+    """The first n predictions with image and ground truth, as the report draws them."""
+    samples = []
+    for line, record in zip(predictions[:n], records):
+        target = record.target
+        samples.append({
+            "id": line["id"], "image_png_base64": encode_image(record.load()), "width": record.width,
+            "height": record.height, "items": line["items"], "text": line["text"], "reward": line["reward"],
+            "boxes": [{"label": name, "bbox": [float(x) for x in box]}
+                      for name, box, ignore in zip(target.labels, target.boxes, target.ignore) if not ignore],
+        })  # fmt: skip
+    return samples

@@ -14,7 +14,7 @@ from pr1.assemble import (
 from pr1.checkpoint import load_trainer_state, newest_checkpoint, save_checkpoint, save_trainer_state
 from pr1.config import RESUMABLE, Config, parse_config
 from pr1.optim import Optimizer
-from pr1.predict import evaluate
+from pr1.predict import evaluate, report_samples
 from pr1.progress import Progress
 from pr1.report import add_samples, write_report
 from pr1.runfolder import open_run
@@ -75,11 +75,13 @@ class Session:
         return self.held_out is not None and every >= 0 and (step in (0, self.cfg.steps) or self.due(step, every))
 
     def evaluate(self, step: int) -> None:
-        metrics, predictions = evaluate(self.policy, self.task, self.held_out, self.cfg, self.world, f"step {step}: evaluating")
+        label = f"step {step}: evaluating"
+        metrics, predictions = evaluate(self.policy, self.task, self.held_out, self.cfg, self.world, label)
         self.pending = {f"eval/{name}": value for name, value in metrics.items()}
         if self.world.main:
-            add_samples(self.folder.path, step, self.task.report_samples(predictions, self.held_out, self.cfg.report_samples))
-            self.progress.say(f"step {step}: held-out " + self.task.headline(metrics))
+            samples = report_samples(predictions, self.held_out, self.cfg.report_samples)
+            add_samples(self.folder.path, step, samples)
+            self.progress.say(f"step {step}: held-out " + headline(metrics))
         self.before = self.before or (step, metrics)
         self.after = (step, metrics)
 
@@ -114,10 +116,15 @@ class Session:
         if self.world.main:
             report = write_report(self.folder.path)
             if self.before and self.after and self.before[0] != self.after[0]:
-                print(f"held-out before: {self.task.headline(self.before[1])}")
-                print(f"held-out after:  {self.task.headline(self.after[1])}")
+                print(f"held-out before: {headline(self.before[1])}")
+                print(f"held-out after:  {headline(self.after[1])}")
             print(f"checkpoint: {newest_checkpoint(self.folder.path)}")
             print(f"report: {report}")
+
+
+def headline(metrics: dict) -> str:
+    """Evaluation metrics in one line."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None)
 
 
 def run_program(argv: list[str], prog: str, description: str, body) -> int:

@@ -150,6 +150,7 @@ def test_golden_shift(family):
         ([("dog", A), ("dog", B), ("cat", C)], (0.0, 0.0, 0.0, 1.0)),  # all wrong labels
         ([("cat", A), ("cat", A)], (2 * 1 / 5, 1 / 2, 1 / 3, 2 / 3)),  # a duplicate earns once
         ([("cat", A), ("zebra", B)], (2 * 1 / 5, 1 / 2, 1 / 3, 2 / 3)),  # an unknown label is a wrong prediction
+        ([("cat", A), ("cat", A), ("cat", A), ("cat", A)], (2 * 1 / 7, 1 / 4, 1 / 3, 3 / 4)),
         ([("cat", (100, 100, 300, 201))], (2 * 0.01 / 4, 0.01, 0.01 / 3, 1 / 3)),  # IoU .505
         ([("cat", (100, 100, 300, 200))], (0.0, 0.0, 0.0, 1 / 3)),  # IoU .5 is worth nothing
         ([], (0.0, 0.0, 0.0, 0.0)),
@@ -215,6 +216,10 @@ def test_empty_images(family):
 def test_text_around_an_answer_costs_the_format_only():
     score, parts = reward_of('Here: [{"bbox_2d": [100, 100, 300, 300], "label": "cat"}] Bye', make_sample([("cat", A)]))
     assert score == 1.0 and parts["format"] == 0.0
+    nothing = make_sample([], crowds=[("cat", (0, 0, 500, 500))])
+    assert (
+        reward_of('Here: [{"bbox_2d": [100, 100, 300, 300], "label": "cat"}] Bye', nothing)[0] == 1.0
+    )  # it is ignored
 
 
 # ---- reward: ignore regions ---------------------------------------------------------------------------------------

@@ -42,12 +42,12 @@ CHAT_TEMPLATE = (
     "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
     "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in "
-    "content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture "
-    "{{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' "
-    "or 'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video "
-    "{{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
-    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
-    "<|im_start|>assistant\n{% endif %}"
+    "content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}"
+    "Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif "
+    "content['type'] == 'video' or 'video' in content %}{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PREPROCESSOR = {
     "min_pixels": 3136,
@@ -100,7 +100,7 @@ def make_config(family: str, tokenizer, *, tied: bool, hidden: int, layers: int,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections},
         "tie_word_embeddings": tied,
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
@@ -136,7 +136,9 @@ def scale_weights(model, seed: int, gain: float) -> None:
         elif "embed_tokens" in name:
             weight.copy_(0.4 * noise)
         else:
-            weight.copy_(noise * gain / weight[0].numel() ** 0.5)
+            # Sharp attention would look at a few tokens and miss a change in all the others.
+            share = 0.4 if ".q_proj." in name or ".k_proj." in name else 1.0
+            weight.copy_(noise * share * gain / weight[0].numel() ** 0.5)
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -163,7 +165,7 @@ def make_tiny(
     layers: int = 2,
     heads: int = 4,
     kv_heads: int = 2,
-    gain: float = 1.5,
+    gain: float = 2.2,
     stop_gain: float = 1.0,
 ) -> str:
     """Write a tiny model of `family` ("qwen2_vl" or "qwen2_5_vl") to `folder`, float32; returns the folder's path.

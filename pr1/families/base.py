@@ -294,7 +294,7 @@ class Family:
 
     @staticmethod
     def format_boxes(items: Sequence[tuple[str, Sequence[int] | None]]) -> str:
-        """(label, integer box in text units) pairs -> the family's answer text. A box of None: there is no such object."""
+        """(label, integer box in text units) pairs -> the family's answer text. Box None: there is no such object."""
         raise NotImplementedError
 
     @staticmethod

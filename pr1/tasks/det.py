@@ -3,8 +3,8 @@
 Reward `set`: predictions are assigned to targets one to one, only within a class and above IoU .5: as many pairs as
 there are, and of those assignments the one with the least normalised L1 + GIoU. A pair is worth
 q = clip((IoU - .5) / .5, 0, 1), the continuous form of COCO's average over IoU .5:.95; the reward is the harmonic mean
-of precision sum(q) / n_pred and recall sum(q) / n_gt (soft F1). So neither leaving objects out, nor repeating boxes, nor
-a box of the wrong class pays.
+of precision sum(q) / n_pred and recall sum(q) / n_gt (soft F1). So neither leaving objects out, nor repeating boxes,
+nor a box of the wrong class pays.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Run from anywhere with an interpreter that has torch, torchvision and transformers (the processors insist on torchvision
 although the PIL image backend is used): `python tests/golden/make_golden.py`. It imports nothing of the package, so
-that the file is an independent truth. The pixels are hashed as the 8-bit values that they come from, because float32 values
-may differ in their last bit between machines; a few of them are kept as floats.
+that the file is an independent truth. The pixels are hashed as the 8-bit values that they come from, because float32
+values may differ in their last bit between machines; a few of them are kept as floats.
 """
 
 from __future__ import annotations
