@@ -35,6 +35,8 @@ def load_train_data(cfg: Config, task, say) -> Sequence:
     if cfg.data is None:
         say("data: rendered scenes; for your own pass --data instances.json --images DIR")
         return SceneDataset("train", TRAIN_SCENES, SceneOptions.at(cfg.difficulty))
+    if cfg.images is None:
+        raise ValueError(f"--data {cfg.data}: the folder of its images is missing (--images DIR)")
     return task.load(cfg.data, cfg.images, log=say)
 
 
@@ -44,7 +46,10 @@ def load_eval_data(cfg: Config, task, say) -> Sequence | None:
         return SceneDataset("val", cfg.eval_samples or 1000, SceneOptions.at(cfg.difficulty))
     if cfg.eval_data is None:
         return None
-    records = task.load(cfg.eval_data, cfg.eval_images or cfg.images, log=say)
+    images = cfg.eval_images or cfg.images
+    if images is None:
+        raise ValueError(f"{cfg.eval_data}: the folder of its images is missing (--images DIR)")
+    records = task.load(cfg.eval_data, images, log=say)
     return records[: cfg.eval_samples] if cfg.eval_samples else records
 
 

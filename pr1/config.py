@@ -151,7 +151,8 @@ def value_type(field: dataclasses.Field):
 
 
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--config", metavar="FILE.yaml", help="flags as YAML keys; flags given win over it")
     groups = {}
     for field in dataclasses.fields(Config):

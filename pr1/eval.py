@@ -13,9 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-from pr1.assemble import check_prompts, build_policy, load_eval_data, load_model_family
-from pr1.config import Config, config_from, build_parser
+from pr1.assemble import build_policy, check_prompts, load_eval_data, load_model_family
 from pr1.coco_metric import read_predictions, write_predictions
+from pr1.config import Config, build_parser, config_from
 from pr1.predict import evaluate
 from pr1.tasks import TASKS
 from pr1.world import start_world
@@ -43,12 +43,16 @@ def score_file(cfg: Config, predictions: str) -> dict:
         raise ValueError(f"--predictions {predictions}: the annotations to compare with are missing (--data)")
     task = TASKS[cfg.task]
     records = task.load(cfg.eval_data, None)
-    return task.evaluate(read_predictions(predictions, records[0].categories), records)
+    return task.evaluate(read_predictions(predictions, records.category_ids), records)
+
+
+NOTES = {"ap": "every box scored 1.0", "ap_scored": "bbox AP by the boxes' own scores"}
 
 
 def show(metrics: dict) -> None:
+    """A table for people, then one line of JSON for programs."""
     for name, value in metrics.items():
-        print(f"{name:>12}  {'-' if value is None else repr(value)}")
+        print(f"{name:>12}  {'-' if value is None else format(value, '.15g'):<18} {NOTES.get(name, '')}".rstrip())
     print(json.dumps(metrics))
 
 

@@ -1,6 +1,7 @@
 """The embedded policy: a Qwen2.5-VL checkpoint folder small enough to train on a CPU, made from nothing.
 
-    python -m pr1.tiny DIR [--seed S]
+    python -m pr1.tiny DIR [--seed S]                      random weights
+    python -m pr1.tiny DIR --weights CHECKPOINT            those of a checkpoint trained from such a folder
 
 Everything that reads a published Qwen2.5-VL folder reads this one: the same architecture (transformers' own class,
 random weights), file names, config keys, special tokens and chat template. Only the tokenizer's cut is ours. A tiny
@@ -154,7 +155,7 @@ def model_config(tokenizer: Tokenizer) -> dict:
         "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
         "hidden_act": "silu",
         "hidden_size": 128,
-        "initializer_range": 0.02,
+        "initializer_range": 0.08,  # about 1 / sqrt(hidden_size); at the usual 0.02 so narrow a model hardly sees
         "intermediate_size": 384,
         "max_position_embeddings": 4096,
         "max_window_layers": 4,
@@ -162,7 +163,8 @@ def model_config(tokenizer: Tokenizer) -> dict:
         "num_hidden_layers": 4,
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
+        # Sections give x the slowest of the 16 frequencies; at Qwen's 10^6 a grid of 9 tokens would not turn them at all.
+        "rope_theta": 30.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
         "sliding_window": 4096,
         "use_sliding_window": False,
@@ -178,6 +180,7 @@ def model_config(tokenizer: Tokenizer) -> dict:
             "intermediate_size": 256,
             "num_heads": 4,
             "in_chans": 3,
+            "initializer_range": 0.08,
             "out_hidden_size": 128,
             "patch_size": 14,
             "spatial_merge_size": 2,
@@ -242,14 +245,14 @@ def order_numbers(weight: torch.Tensor, tokenizer: Tokenizer) -> None:
     angles = 2 * math.pi * numbers[:, None] / periods
     features = torch.cat([angles.sin(), angles.cos()], 1)  # (n, H/2)
     spread = torch.linalg.qr(torch.randn(weight.shape[1], features.shape[1]))[0]  # (H, H/2), orthonormal columns
-    weight[ids] += 4 * weight.std() * features @ spread.T
+    weight[ids] += 2 * weight.std() * features @ spread.T
 
 
-def make_tiny_policy(folder: str | Path, seed: int = 0) -> Path:
+def make_tiny_policy(folder: str | Path, seed: int = 0, weights: str | Path | None = None) -> Path:
     """Writes the checkpoint folder (2.1 M parameters, bfloat16, 4 MB) and returns its path.
 
-    Equal seeds give equal bytes. The global random state is left alone. Raises ValueError when the folder already holds
-    a checkpoint.
+    Equal seeds give equal bytes; `weights`, a checkpoint trained from such a folder, takes the place of random ones. The
+    global random state is left alone. Raises ValueError when the folder already holds a checkpoint.
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -257,10 +260,13 @@ def make_tiny_policy(folder: str | Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     config = model_config(tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config))
-        order_numbers(model.lm_head.weight, tokenizer)
+    if weights is not None:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(weights)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config))
+            order_numbers(model.lm_head.weight, tokenizer)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     # After save_pretrained, whose own config.json has the keys of the installed version only.
@@ -273,13 +279,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pr1.tiny", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("folder", metavar="DIR", help="folder to write; must not hold a checkpoint yet")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default 0)")
+    parser.add_argument("--weights", metavar="CHECKPOINT", help="a checkpoint trained from such a folder; none: random")
     options = parser.parse_args()
     try:
-        folder = make_tiny_policy(options.folder, options.seed)
+        folder = make_tiny_policy(options.folder, options.seed, options.weights)
     except ValueError as error:
         parser.error(str(error))
     size = sum(f.stat().st_size for f in folder.iterdir())
-    print(f"{folder}: {size / 1e6:.1f} MB, seed {options.seed}")
+    print(f"{folder}: {size / 1e6:.1f} MB, " + (options.weights or f"random weights, seed {options.seed}"))
 
 
 if __name__ == "__main__":

@@ -40,24 +40,24 @@ class CocoDataset(Sequence):
 
 
 def load_coco(
-    annotation_file: str | Path, images_dir: str | Path, *, verify: bool = True, log: Callable[[str], None] = print
+    annotation_file: str | Path, images_dir: str | Path | None, *, verify: bool = True, log: Callable[[str], None] = print
 ) -> CocoDataset:
     """Reads and checks a COCO detection set.
 
     Boxes become xyxy float64 pixels of the stored image (EXIF orientation is not applied: COCO annotates what is
     stored), clipped to it; `iscrowd` becomes `ignore`; an image without annotations stays, as a true negative. Boxes
     without area or wholly outside are dropped; all of that is counted and logged. `verify=False` skips opening the
-    image files, not the check that they exist. Raises ValueError naming file, record and remedy.
+    image files, not the check that they exist. `images_dir=None` reads annotations alone, to score predictions: such records do not load.
+    Raises ValueError naming file, record and remedy.
     """
     data = _read_instances(annotation_file)
     where = f"{annotation_file}"
     names = _read_categories(where, data["categories"])
     images = _read_images(where, data["images"])
-    folder = Path(images_dir)
-    paths = _find_files(where, images, folder)
+    paths = _find_files(where, images, images_dir) if images_dir is not None else dict.fromkeys(images)
     counts: Counter = Counter(images=len(images), boxes=0, crowd=0, clipped=0, no_area=0, outside=0)
     boxes = _read_boxes(where, data["annotations"], images, names, counts)
-    if verify:
+    if verify and images_dir is not None:
         _verify(where, images, paths)
     categories = tuple(names.values())
     records = []
@@ -152,7 +152,8 @@ def _read_images(where: str, entries: list) -> dict[int, dict]:
     return images
 
 
-def _find_files(where: str, images: dict[int, dict], folder: Path) -> dict[int, str]:
+def _find_files(where: str, images: dict[int, dict], folder: str | Path) -> dict[int, str]:
+    folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder of images; give the one of {where} (--images)")
     present = set(os.listdir(folder))  # one listing instead of a system call for each of 100,000 files

@@ -46,9 +46,7 @@ class DetTask:
     name = "det"
 
     def load(self, data: str, images: str | None, **options) -> CocoDataset:
-        """COCO instances file and image folder -> records; `options` are those of `load_coco`."""
-        if images is None:
-            raise ValueError(f"{data}: the folder of its images is not given (--images)")
+        """COCO instances file and image folder (None: annotations alone) -> records; `options`: see `load_coco`."""
         return load_coco(data, images, **options)
 
     def messages(self, record: ImageRecord) -> list[dict]:
