@@ -12,7 +12,7 @@ ARGS ?=
 PYTHON ?=
 export PYTHON
 
-.PHONY: train test build lint clean
+.PHONY: train test build warmstart lint clean
 
 train: build
 	$(VENV)/bin/torchrun --nproc_per_node $(NPROC) pr1/train.py --task det $(ARGS)
@@ -22,6 +22,16 @@ test: build
 
 build:
 	@sh tools/setup_env.sh
+
+WARM := build/warmstart
+SFT := $(VENV)/bin/torchrun pr1/sft.py --task det --train-vision --lr 1.5e-3 --warmup-steps 50 --beta2 0.98 --eval-samples 200
+warmstart: build
+	rm -rf $(WARM)
+	$(VENV)/bin/python -m pr1.tiny $(WARM)/random
+	$(SFT) --model $(WARM)/random --run-dir $(WARM)/easy --difficulty 0 --steps 400
+	$(SFT) --model $(WARM)/easy/checkpoints/step-400 --run-dir $(WARM)/hard --difficulty 0.25 --steps 1400 --schedule cosine
+	$(VENV)/bin/python -m pr1.tiny $(WARM)/tiny --weights $(WARM)/hard/checkpoints/step-1400
+	rm -rf pr1/assets/tiny-qwen2.5-vl && mkdir -p pr1/assets && cp -r $(WARM)/tiny pr1/assets/tiny-qwen2.5-vl
 
 lint: build
 	$(VENV)/bin/ruff check .

@@ -33,8 +33,7 @@ def save_checkpoint(folder: Path | str, step: int, write: Callable[[Path], None]
         raise ValueError(f"step and keep must not be negative, got {step} and {keep}")
     root = Path(folder) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(".tmp-*"):  # left by a killed process: the run folder's lock admits one writer
-        shutil.rmtree(stale)
+    remove_stale(folder)
     final = root / f"step-{step}"
     if not final.exists():
         temporary = root / f".tmp-step-{step}-{os.getpid()}"
@@ -52,6 +51,12 @@ def save_checkpoint(folder: Path | str, step: int, write: Callable[[Path], None]
         fsync(root.parent)
     _prune(root, keep)
     return final
+
+
+def remove_stale(folder: Path | str) -> None:
+    """Delete what a killed process left half written or half deleted. Only for the one writer, who holds the lock."""
+    for stale in (Path(folder) / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(stale)
 
 
 def checkpoint_step(path: Path) -> int | None:

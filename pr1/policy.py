@@ -25,13 +25,18 @@ class FeatureCache:
         return self.entries.get(key)
 
     def put(self, key: str, features: tuple[torch.Tensor, ...]) -> None:
-        size = sum(x.numel() * x.element_size() for x in features)
-        while self.entries and self.used + size > self.budget:
-            _, dropped = self.entries.popitem(last=False)
-            self.used -= sum(x.numel() * x.element_size() for x in dropped)
-        if size <= self.budget:
-            self.entries[key] = features
-            self.used += size
+        size = _bytes(features)
+        if size > self.budget:  # would drive everything else out and still not fit
+            return
+        self.used -= _bytes(self.entries.pop(key, ()))
+        while self.used + size > self.budget:
+            self.used -= _bytes(self.entries.popitem(last=False)[1])
+        self.entries[key] = features
+        self.used += size
+
+
+def _bytes(features: tuple[torch.Tensor, ...]) -> int:
+    return sum(x.numel() * x.element_size() for x in features)
 
 
 class Policy:

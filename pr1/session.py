@@ -11,7 +11,9 @@ import torch
 from pr1.assemble import (
     build_policy, build_reference, check_prompts, load_eval_data, load_model_family, load_train_data,
 )  # fmt: skip
-from pr1.checkpoint import load_trainer_state, newest_checkpoint, save_checkpoint, save_trainer_state
+from pr1.checkpoint import (
+    load_trainer_state, newest_checkpoint, remove_stale, save_checkpoint, save_trainer_state,
+)  # fmt: skip
 from pr1.config import RESUMABLE, Config, parse_config
 from pr1.optim import Optimizer
 from pr1.predict import evaluate, report_samples
@@ -44,6 +46,8 @@ class Session:
             cfg.run_dir, dataclasses.asdict(cfg), task=cfg.task, resume=cfg.resume, rank=world.rank,
             may_change=RESUMABLE, tensorboard=cfg.tensorboard, wandb=cfg.wandb,
         )  # fmt: skip
+        if world.main:
+            remove_stale(self.folder.path)
         checkpoint = newest_checkpoint(self.folder.path) if cfg.resume else None
         self.policy = build_policy(cfg, self.family, world, weights=checkpoint)
         self.reference = build_reference(cfg, self.family, world, self.policy)

@@ -21,7 +21,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from pr1.data.scenes import LABELS
+from pr1.data.scenes import LABELS, SHAPES
 
 SPECIAL_TOKENS = tuple(
     f"<|{name}|>"
@@ -96,7 +96,7 @@ def wanted_pieces() -> list[str]:
     """Texts that are one token each, in order of priority."""
     numbers = [str(n) for n in range(300)]
     template = ["[]", '{"bbox_2d": [', ', {"bbox_2d": [', '], "label": "', '"}', '{"point_2d": [', ', {"point_2d": [']
-    words = [*LABELS, *PROMPT_WORDS.split(), *COCO_NAMES.split()]
+    words = [*LABELS, *SHAPES, *PROMPT_WORDS.split(), *COCO_NAMES.split()]
     spaced = [" " + word for word in words]
     return list(dict.fromkeys([*numbers, *(", " + n for n in numbers), *template, *words, *spaced, "),("]))
 
@@ -233,19 +233,20 @@ def side_files(tokenizer: Tokenizer) -> dict[str, dict]:
 
 @torch.no_grad()
 def order_numbers(weight: torch.Tensor, tokenizer: Tokenizer) -> None:
-    """Adds Fourier features of its value to the embedding of every number token; weight: (V, H) float32, in place.
+    """Makes the embedding of every number token Fourier features of its value; weight: (V, H) float32, in place.
 
-    The head is tied to the embeddings, so nearby numbers begin with nearby logits. Without it each of some 200
-    coordinates is learnt on its own, which costs a warm start more than all else.
+    The head is tied to the embeddings, so nearby numbers begin with nearby logits and what is learnt of one coordinate
+    holds for its neighbours. With random embeddings each of some 200 coordinates is learnt on its own.
     """
-    values = {i: int(found[1]) for t, i in tokenizer.get_vocab().items() if (found := re.fullmatch(r"(?:,Ġ)?(\d+)", t))}
-    ids, numbers = torch.tensor(list(values)), torch.tensor(list(values.values()), dtype=torch.float32)
+    found = {i: m for t, i in tokenizer.get_vocab().items() if (m := re.fullmatch(r"(,Ġ)?(\d+)", t))}
+    ids, numbers = torch.tensor(list(found)), torch.tensor([float(m[2]) for m in found.values()])
+    comma = torch.tensor([float(m[1] is not None) for m in found.values()])[:, None] * torch.randn(weight.shape[1])
     pairs = weight.shape[1] // 4
     periods = 8.0 * 2 ** (7 * torch.arange(pairs) / (pairs - 1))  # 8 .. 1024 px
     angles = 2 * math.pi * numbers[:, None] / periods
     features = torch.cat([angles.sin(), angles.cos()], 1)  # (n, H/2)
     spread = torch.linalg.qr(torch.randn(weight.shape[1], features.shape[1]))[0]  # (H, H/2), orthonormal columns
-    weight[ids] += 2 * weight.std() * features @ spread.T
+    weight[ids] = (weight.std() * (2 * features @ spread.T + comma)).to(weight.dtype)
 
 
 def make_tiny_policy(folder: str | Path, seed: int = 0, weights: str | Path | None = None) -> Path:

@@ -30,7 +30,7 @@ LAUNCHER = HERE / "rigged_run.py"
 # A run of few, short steps. Images of difficulty 0 are small; save_every and evaluation are off unless asked for.
 SHORT = [
     *("--task", "det", "--group-size", "3", "--prompts-per-step", "2", "--max-new-tokens", "8", "--difficulty", "0"),
-    *("--lr", "1e-3", "--warmup-steps", "2", "--eval-every", "-1", "--eval-samples", "3", "--save-every", "0"),
+    *("--lr", "2e-4", "--warmup-steps", "2", "--eval-every", "-1", "--eval-samples", "3", "--save-every", "0"),
     "--no-tensorboard",
 ]
 

@@ -90,7 +90,7 @@ def test_the_uninterrupted_run_has_state_of_every_kind(lab):
     assert trainer["sampler"]["epoch"] >= 2 and 0 < trainer["sampler"]["cursor"]
     # without refills 2 prompts a step are drawn
     assert trainer["sampler"]["epoch"] * 5 + trainer["sampler"]["cursor"] > 2 * STEPS
-    assert lines[1]["kl"] > 0 and lines[-2]["kl"] > lines[0]["kl"]
+    assert all(line["kl"] > 0 for line in lines[:-1])
     assert any(name.startswith("model.visual") for name in trainer["optimizer"])
     moments = trainer["optimizer"]["model.language_model.embed_tokens.weight"]
     assert float(moments["step"]) == 2 * STEPS and moments["exp_avg"].abs().max() > 0

@@ -46,9 +46,9 @@ def answer(boxes, labels):
 
 
 def test_an_answer_is_cut_as_meant(tokenizer):
-    text = '[{"bbox_2d": [12, 34, 156, 78], "label": "circle"}, {"bbox_2d": [0, 5, 299, 100], "label": "ring"}]'
-    first = ["[", '{"bbox_2d": [', "12", ", 34", ", 156", ", 78", '], "label": "', "circle", '"}']
-    second = [', {"bbox_2d": [', "0", ", 5", ", 299", ", 100", '], "label": "', "ring", '"}', "]"]
+    text = '[{"bbox_2d": [12, 34, 156, 78], "label": "red"}, {"bbox_2d": [0, 5, 299, 100], "label": "brown"}]'
+    first = ["[", '{"bbox_2d": [', "12", ", 34", ", 156", ", 78", '], "label": "', "red", '"}']
+    second = [', {"bbox_2d": [', "0", ", 5", ", 299", ", 100", '], "label": "', "brown", '"}', "]"]
     assert pieces(tokenizer, text) == first + second
     assert pieces(tokenizer, "[]") == ["[]"]
 
@@ -57,7 +57,7 @@ def test_eight_tokens_an_object(tokenizer):
     rng = np.random.default_rng(0)
     for n in (1, 3, 20):
         boxes = rng.integers(0, 300, (n, 4)).tolist()
-        labels = [LABELS[i] for i in rng.integers(0, 6, n)]
+        labels = [LABELS[i] for i in rng.integers(0, 8, n)]
         assert len(tokenizer.encode(answer(boxes, labels))) == 8 * n + 2
     for n in range(300, 1000):
         assert len(tokenizer.encode(str(n))) == len(tokenizer.encode(f", {n}")) == 2
@@ -72,7 +72,7 @@ def test_every_wanted_piece_is_one_token(tokenizer):
 
 
 def test_prompts_are_short(tokenizer):
-    assert len(tokenizer.encode(CATEGORY_PROMPT.format(", ".join(LABELS)))) == 7 + 2 * 6
+    assert len(tokenizer.encode(CATEGORY_PROMPT.format(", ".join(LABELS)))) == 7 + 2 * 8
     words = COCO_NAMES.split()
     assert len(words) == 95  # the 80 names; fifteen are of two words
     assert len(tokenizer.encode(CATEGORY_PROMPT.format(", ".join(words)))) == 7 + 2 * 95
@@ -171,7 +171,7 @@ def test_architecture_and_size(folder, model):
         4,
         128,
     )
-    assert text.rope_parameters["mrope_section"] == [4, 6, 6] and text.rope_parameters["rope_theta"] == 10000.0
+    assert text.rope_parameters["mrope_section"] == [4, 6, 6] and text.rope_parameters["rope_theta"] == 30.0
     assert (vision.depth, vision.window_size, list(vision.fullatt_block_indexes)) == (4, 112, [1, 3])
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     weights = load_file(folder / "model.safetensors")

@@ -1,6 +1,8 @@
 """Rendered scenes with exact boxes: the data of `--task det` when none is given.
 
-A scene is a plain or shaded background with coloured shapes on it; the label is the shape, the colour is a distractor.
+A scene is a shaded ground with coloured shapes on it; the label is the colour, the shape is a distractor. The ground
+loses red from left to right and blue from top to bottom: every patch tells roughly where it is. A published model has
+learnt to know that from its pretraining; a tiny one that starts from nothing needs hours for it without the shading.
 Every pixel follows from (seed, split, index) alone: the numbers are raw words of a counter-based generator, the shapes
 are integer arithmetic on the pixel grid, nothing is antialiased, no font and no drawing library is involved. So the
 same scene has the same bytes on every machine, and its boxes are the drawn pixels, not an estimate of them.
@@ -19,12 +21,14 @@ from PIL import Image
 
 from pr1.records import BoxTarget, ImageRecord
 
-LABELS = ("circle", "square", "triangle", "star", "cross", "ring")
-COLOURS = (  # all far from the pale grounds; shuffled per scene and dealt without repetition up to eight objects
-    (214, 39, 40), (31, 119, 220), (255, 221, 30), (148, 52, 196), (30, 160, 60), (255, 127, 14), (20, 20, 20),
-    (240, 110, 190),
-)  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = {  # all far from the pale ground
+    "red": (214, 39, 40), "blue": (31, 99, 220), "yellow": (255, 221, 30), "purple": (148, 32, 196),
+    "green": (20, 140, 50), "orange": (255, 127, 14), "black": (20, 20, 20), "brown": (110, 56, 20),
+}  # fmt: skip
+LABELS = tuple(COLOURS)
 SPLITS = ("train", "val")
+LIGHT, FALL = 235, 55  # red and blue of the ground at the left and upper edge, and how much they lose on 100 px
 ASPECTS = {"triangle": 1.6, "cross": 1.6}  # largest ratio of the two sides; the other shapes fit a square
 ROUNDS, TRIES = 10, 60  # a layout is begun anew with smaller objects up to ROUNDS times; places tried for an object
 
@@ -93,16 +97,16 @@ class SceneOptions:
 class Shape:
     """One object of a scene. Its box is [x, x + width) x [y, y + height), pixels; its mask touches all four edges."""
 
-    label: str
+    name: str  # one of SHAPES
     x: int
     y: int
     width: int
     height: int
-    colour: tuple[int, int, int]
+    label: str  # one of LABELS, its colour
 
     @property
     def mask(self) -> np.ndarray:
-        return shape_mask(self.label, self.width, self.height)
+        return shape_mask(self.name, self.width, self.height)
 
 
 @dataclass(frozen=True)
@@ -141,24 +145,24 @@ class Draws:
 
 
 @lru_cache(maxsize=4096)
-def shape_mask(label: str, width: int, height: int) -> np.ndarray:
+def shape_mask(name: str, width: int, height: int) -> np.ndarray:
     """(height, width) bool pixels of a shape; first and last row and column are never blank (width, height >= 12)."""
     j, i = np.mgrid[0:height, 0:width]
     u, v = 2 * i - (width - 1), 2 * j - (height - 1)  # twice the distance from the centre: -(w-1) .. w-1
-    if label == "square":
+    if name == "square":
         mask = np.ones((height, width), bool)
-    elif label == "circle":
+    elif name == "circle":
         mask = u * u + v * v <= width * width
-    elif label == "ring":
+    elif name == "ring":
         mask = (u * u + v * v <= width * width) & (9 * (u * u + v * v) >= 4 * width * width)  # hole: 2/3 of the width
-    elif label == "cross":
+    elif name == "cross":
         mask = (3 * abs(u) <= width) | (3 * abs(v) <= height)
-    elif label == "triangle":
+    elif name == "triangle":
         mask = abs(u) * (height - 1) <= j * (width - 1) + (height - 1)  # half a pixel wider, so the tip has a pixel
-    elif label == "star":
+    elif name == "star":
         mask = _star(i, j, width)  # width == height
     else:
-        raise ValueError(f"unknown shape {label!r}: one of {', '.join(LABELS)}")
+        raise ValueError(f"unknown shape {name!r}: one of {', '.join(SHAPES)}")
     mask.flags.writeable = False
     return mask
 
@@ -188,12 +192,12 @@ def _place(draws: Draws, options: SceneOptions, width: int, height: int, n: int,
     """Up to n shapes in drawing order, fewer where TRIES places were not enough for one."""
     owner = np.full((height, width), -1)  # which shape a pixel shows
     shapes, full, visible = [], np.zeros(n, int), np.zeros(n, int)
-    colours = draws.shuffled(COLOURS)
     for k in range(n):
-        label, long = LABELS[draws.integer(0, len(LABELS) - 1)], draws.integer(options.min_size, largest)
-        short = round(long / draws.uniform(1.0, ASPECTS.get(label, 1.0)))
+        name, long = SHAPES[draws.integer(0, len(SHAPES) - 1)], draws.integer(options.min_size, largest)
+        label = LABELS[draws.integer(0, len(LABELS) - 1)]
+        short = round(long / draws.uniform(1.0, ASPECTS.get(name, 1.0)))
         w, h = (long, short) if draws.integer(0, 1) else (short, long)
-        mask = shape_mask(label, w, h)
+        mask = shape_mask(name, w, h)
         for _ in range(TRIES):
             x, y = draws.integer(0, width - w), draws.integer(0, height - h)
             window = owner[y : y + h, x : x + w]
@@ -202,7 +206,7 @@ def _place(draws: Draws, options: SceneOptions, width: int, height: int, n: int,
                 window[mask] = k
                 visible -= hidden
                 visible[k] = full[k] = mask.sum()
-                shapes.append(Shape(label, x, y, w, h, colours[k % len(colours)]))
+                shapes.append(Shape(name, x, y, w, h, label))
                 break
         else:
             break
@@ -227,21 +231,17 @@ def arrange(options: SceneOptions, seed: int, split: str, index: int) -> Scene:
 def paint(canvas: np.ndarray, shapes: Sequence[Shape]) -> None:
     """Draws the shapes in their order into an (H, W, 3) array, in place."""
     for s in shapes:
-        canvas[s.y : s.y + s.height, s.x : s.x + s.width][s.mask] = s.colour
+        canvas[s.y : s.y + s.height, s.x : s.x + s.width][s.mask] = COLOURS[s.label]
 
 
 def render(scene: Scene) -> Image.Image:
     """The scene as a PIL RGB image."""
     draws = Draws(scene.seed, 2 * SPLITS.index(scene.split) + 1, scene.index)
     height, width = scene.height, scene.width
-    tones = [np.array([draws.integer(150, 225)] * 3) + [draws.integer(-20, 20) for _ in "rgb"] for _ in range(2)]
-    kind = draws.integer(0, 2)  # plain, shaded across, shaded down
     canvas = np.empty((height, width, 3), np.int16)
-    canvas[:] = tones[0]
-    if kind:
-        length = (width, height)[kind - 1]
-        ramp = tones[0] + np.arange(length)[:, None] * (tones[1] - tones[0]) // (length - 1)
-        canvas[:] = ramp if kind == 1 else ramp[:, None]
+    canvas[..., 0] = LIGHT - FALL * np.arange(width) // 100 + draws.integer(-8, 8)
+    canvas[..., 1] = draws.integer(150, 225)
+    canvas[..., 2] = LIGHT - FALL * np.arange(height)[:, None] // 100 + draws.integer(-8, 8)
     for _ in range(draws.integer(0, scene.clutter)):
         x, y, long = draws.integer(0, width - 2), draws.integer(0, height - 2), draws.integer(20, 120)
         w, h = (long, 2) if draws.integer(0, 1) else (2, long)

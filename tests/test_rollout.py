@@ -1,0 +1,379 @@
+"""Rollouts against transformers' own model: greedy answers token for token, sampled ones by their log-probs, entropies
+and frequencies.
+
+The plain model computes one prompt, or one prompt with one completion, at a time, with its own attention, positions
+and cache. Before anything is compared, another image, other positions and a sibling's tokens are shown to move a
+log-prob by more than 0.1 nat.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tiny_models import make_tiny, picture
+from worlds import make_policy, make_sample, plain_logits
+
+from pr1.families import load_family
+from pr1.kernels import Sampling
+from pr1.rollout import generate
+
+# several attention windows, ragged at the edge; several images in a prompt; text alone
+SIZES = [[(168, 140)], [(252, 364)], [(140, 84), (196, 168)], [], [(364, 112)], [(84, 84), (112, 140), (56, 196)]]
+LONGEST = 72  # crosses the decoder's growth step of 64 tokens
+# Weights for which greedy answers stop late (from 8 tokens on, one at 65) or early (one after a single token).
+MODELS = {
+    "qwen2_5_vl-late": ("qwen2_5_vl", dict(tied=False, seed=10, stop_gain=1.25)),
+    "qwen2_5_vl-early": ("qwen2_5_vl", dict(tied=False, seed=11, stop_gain=4.0)),
+    "qwen2_vl-late": ("qwen2_vl", dict(tied=True, seed=6, stop_gain=2.0)),
+    "qwen2_vl-early": ("qwen2_vl", dict(tied=True, seed=9, stop_gain=4.0)),
+}
+MARGIN = 1e-3  # a greedy choice may not hang on rounding
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def family(request, tmp_path_factory):
+    name, how = MODELS[request.param]
+    return load_family(make_tiny(tmp_path_factory.mktemp(request.param), name, **how))
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory):
+    name, how = MODELS["qwen2_5_vl-late"]
+    return load_family(make_tiny(tmp_path_factory.mktemp("late"), name, **how))
+
+
+def make_samples(family, sizes=SIZES):
+    return [make_sample(family, each, name=f"s{i}") for i, each in enumerate(sizes)]
+
+
+def float32(family):
+    return make_policy(family, torch.float32, train_vision=False)
+
+
+def plain_model(family):
+    return family.load_model(torch.float32).eval()
+
+
+def greedy(**how):
+    return Sampling(temperature=0.0, **{"max_new_tokens": LONGEST, **how})
+
+
+@torch.no_grad()
+def plain_greedy(family, model, prompt, **how) -> list[int]:
+    """transformers' own greedy generation on one prompt, with the same bans and the same stops."""
+    extra = {}
+    if prompt.images:
+        extra = dict(pixel_values=torch.cat([i.pixels for i in prompt.images]),
+                     image_grid_thw=torch.tensor([i.grid for i in prompt.images]),
+                     mm_token_type_ids=(prompt.ids == family.image_token_id).int()[None])  # fmt: skip
+    banned = family.banned_ids(model.config.get_text_config().vocab_size).nonzero()[:, 0].tolist()
+    model.model.rope_deltas = None
+    out = model.generate(
+        input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids)[None], do_sample=False, num_beams=1,
+        suppress_tokens=banned, eos_token_id=list(family.stop_ids), pad_token_id=family.stop_ids[-1],
+        **{"max_new_tokens": LONGEST, **how}, **extra,
+    )  # fmt: skip
+    return out[0, len(prompt.ids) :].tolist()
+
+
+@torch.no_grad()
+def truth(family, model, rollout, temperature=1.0, min_new_tokens=0):
+    """(logp, entropy, log_kept) of a rollout's tokens from a teacher-forced plain forward, in float64."""
+    z = plain_logits(model, rollout.inputs, rollout.completion_ids).double() / temperature
+    logp = z.log_softmax(-1)
+    kept = (~family.banned_ids(z.shape[1])).expand_as(z).clone()
+    kept[:min_new_tokens, list(family.stop_ids)] = False
+    return (logp[torch.arange(len(z)), rollout.completion_ids], -(logp.exp() * logp).sum(-1),
+            logp.masked_fill(~kept, -torch.inf).logsumexp(-1))  # fmt: skip
+
+
+def assert_true_to(family, model, rollouts, temperature=1.0, min_new_tokens=0, tolerance=1e-5):
+    for r in rollouts:
+        logp, entropy, log_kept = truth(family, model, r, temperature, min_new_tokens)
+        for name, ours, theirs in (("logp", r.logp_rollout, logp), ("entropy", r.entropy, entropy),
+                                   ("log_kept", r.log_kept, log_kept)):  # fmt: skip
+            error = float((ours.double() - theirs).abs().max())
+            assert ours.dtype == torch.float32 and error < tolerance, (
+                f"{name} of {r.prompt}.{r.completion}: {error:.1e}"
+            )
+
+
+def tokens_of(rollouts):
+    return [r.completion_ids.tolist() for r in rollouts]
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    """Two lists of rollouts are the same; log-probs may differ by the rounding of another batch size."""
+    assert tokens_of(ours) == tokens_of(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.prompt, a.completion, a.text, a.finished) == (b.prompt, b.completion, b.text, b.finished)
+        for name in ("logp_rollout", "entropy", "log_kept"):
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=tolerance)
+
+
+# ---- greedy ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_weights_see_images_positions_and_siblings(family):
+    """What the tests below must be able to notice moves a log-prob by more than 0.1 nat, in every prompt with images."""
+    model, prompts = plain_model(family), [family.encode(s) for s in make_samples(family)]
+    answers = [torch.tensor(plain_greedy(family, model, p, max_new_tokens=12, min_new_tokens=12)) for p in prompts]
+
+    @torch.no_grad()
+    def logp(prompt, ids, n, positions=None):
+        if positions is None:
+            logits = plain_logits(model, prompt, ids)[-n:]
+        else:
+            whole = torch.cat([prompt.ids, ids])
+            embeds = family.embed(model, whole, family.image_features(model, prompt.images))
+            logits = model(inputs_embeds=embeds[None], position_ids=positions[:, None]).logits[0, -n - 1 : -1]
+        return logits.log_softmax(-1)[torch.arange(n), ids[-n:]]
+
+    for i, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
+        n = len(ids)
+        right, wrong = logp(prompt, ids, n), {}
+        wrong["sibling"] = logp(prompt, torch.cat([answers[i - 1], ids]), n)
+        own = torch.cat([prompt.position_ids, (prompt.next_position + torch.arange(n)).expand(3, -1)], 1)
+        assert float((logp(prompt, ids, n, own) - right).abs().max()) < 1e-5  # positions passed by hand: the same
+        if prompt.images:
+            flipped = [picture(*size).transpose(0) for size in SIZES[i]]
+            sample = dataclasses.replace(make_sample(family, SIZES[i]), images=tuple(flipped))
+            wrong["image"] = logp(family.encode(sample), ids, n)
+            late = torch.cat([prompt.position_ids, (len(prompt.ids) + torch.arange(n)).expand(3, -1)], 1)
+            wrong["completion position"] = logp(prompt, ids, n, late)
+            wrong["1-D positions"] = logp(prompt, ids, n, torch.arange(len(prompt.ids) + n).expand(3, -1))
+        for what, moved in wrong.items():
+            assert float((moved - right).abs().max()) > 0.1, f"prompt {i}: {what}"
+
+
+@pytest.mark.parametrize("group_size, batch", [(1, 256), (1, 4), (3, 256), (3, 7), (3, 1)])
+def test_greedy_equals_transformers_token_for_token(family, group_size, batch, request):
+    samples = make_samples(family)
+    rollouts = generate(float32(family), samples, group_size, greedy(), seed=1, step=2, batch=batch)
+    theirs = _plain_answers(family, request)
+    assert [(r.prompt, r.completion) for r in rollouts] == [(p, g) for p in range(6) for g in range(group_size)]
+    assert tokens_of(rollouts) == [ids for ids in theirs for _ in range(group_size)]
+    stops = {len(ids) for ids in theirs if ids[-1] in family.stop_ids}
+    assert len(stops) >= 3 and any(len(ids) == LONGEST for ids in theirs) or 1 in stops
+    assert all(len(set(ids)) >= 5 for ids in theirs if len(ids) >= 5) and max(map(len, theirs)) > 40
+    for r in rollouts:
+        assert torch.equal(r.log_kept, r.logp_rollout)  # what is kept is the one token
+
+
+_answers = {}
+
+
+def _plain_answers(family, request):
+    """transformers' greedy answers to SIZES, made once a model; no choice among them hangs on rounding."""
+    if family.folder not in _answers:
+        model = plain_model(family)
+        prompts = [family.encode(s) for s in make_samples(family)]
+        _answers[family.folder] = [plain_greedy(family, model, p) for p in prompts]
+        for prompt, ids in zip(prompts, _answers[family.folder], strict=True):
+            with torch.no_grad():
+                z = plain_logits(model, prompt, torch.tensor(ids))
+            two = z.masked_fill(family.banned_ids(z.shape[1]), -torch.inf).topk(2, -1).values
+            assert float((two[:, 0] - two[:, 1]).min()) > MARGIN
+    return _answers[family.folder]
+
+
+def test_greedy_records_log_probs_at_temperature_one(family):
+    model = plain_model(family)
+    for r in generate(float32(family), make_samples(family), 1, greedy(), seed=0, step=0):
+        logp, entropy, _ = truth(family, model, r)
+        torch.testing.assert_close(r.logp_rollout.double(), logp, rtol=0, atol=1e-5)
+        torch.testing.assert_close(r.entropy.double(), entropy, rtol=0, atol=1e-5)
+
+
+def test_min_new_tokens(family, request):
+    policy, model, samples = float32(family), plain_model(family), make_samples(family)
+    free = _plain_answers(family, request)
+    least = sorted(map(len, free))[1] + 3  # two or more of the answers may not stop where they would
+    rollouts = generate(policy, samples, 1, greedy(min_new_tokens=least, max_new_tokens=40), seed=0, step=0)
+    theirs = [plain_greedy(family, model, r.inputs, min_new_tokens=least, max_new_tokens=40) for r in rollouts]
+    assert tokens_of(rollouts) == theirs
+    assert sum(a[:40] != b for a, b in zip(free, theirs, strict=True)) >= 2
+    assert all(len(ids) > least and not set(ids[:least]) & set(family.stop_ids) for ids in theirs)
+    sampling = Sampling(min_new_tokens=6, max_new_tokens=9)
+    drawn = generate(policy, samples, 3, sampling, seed=0, step=0)
+    assert all(len(r.completion_ids) > 6 for r in drawn)
+    assert_true_to(family, model, drawn, min_new_tokens=6)
+
+
+def test_stop_token_truncation_and_text(family, request):
+    """The stop token is in the completion and not in the text; an answer cut one token before it is unfinished."""
+    free = _plain_answers(family, request)
+    which = max((i for i, ids in enumerate(free) if ids[-1] in family.stop_ids), key=lambda i: len(free[i]))
+    length, samples, policy = len(free[which]), [make_samples(family)[which]], float32(family)
+    (whole,) = generate(policy, samples, 1, greedy(max_new_tokens=length), seed=0, step=0)
+    (cut,) = generate(policy, samples, 1, greedy(max_new_tokens=length - 1), seed=0, step=0)
+    assert whole.finished and whole.completion_ids.tolist() == free[which]
+    assert not cut.finished and cut.completion_ids.tolist() == free[which][:-1]
+    assert whole.text == cut.text == family.decode(torch.tensor(free[which][:-1])) and "<|im_end|>" not in whole.text
+    for r in (whole, cut):
+        n = len(r.completion_ids)
+        assert r.loss_mask.tolist() == [True] * n
+        assert r.logp_rollout.shape == r.log_kept.shape == r.entropy.shape == (n,)
+
+
+# ---- sampled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.4])
+def test_recorded_log_probs_are_the_plain_models(family, temperature):
+    """After groups have left the batch, too: the stop lengths of a batch differ widely."""
+    sampling = Sampling(temperature=temperature, max_new_tokens=24)
+    rollouts = generate(float32(family), make_samples(family), 3, sampling, seed=5, step=1)
+    model = plain_model(family)
+    assert_true_to(family, model, rollouts, temperature)
+    assert min(float(r.log_kept.min()) for r in rollouts) < -1e-3  # the bans take something away
+    texts = {tuple(ids) for ids in tokens_of(rollouts)}
+    assert len(texts) > 12
+    for r in rollouts:
+        stops = torch.isin(r.completion_ids, torch.tensor(family.stop_ids)).tolist()
+        assert not any(stops[:-1]) and stops[-1] == r.finished and (r.finished or len(stops) == 24)
+
+
+def test_groups_that_leave_at_different_times(late):
+    """Stops made likely: some groups are done after a few tokens, others outlive the growth of the suffix by far."""
+    policy, model = float32(late), plain_model(late)
+    for each in (policy.model, model):
+        with torch.no_grad():
+            each.lm_head.weight[late.stop_ids[0]] *= 1.7
+    rollouts = generate(policy, make_samples(late), 2, Sampling(max_new_tokens=90), seed=0, step=0)
+    ends = [max(len(r.completion_ids) for r in rollouts[2 * p : 2 * p + 2]) for p in range(6)]
+    lengths = [len(r.completion_ids) for r in rollouts]
+    assert len(set(ends)) >= 4 and min(ends) < 20 and max(ends) > 70, ends
+    assert any(lengths[2 * p] != lengths[2 * p + 1] for p in range(6))
+    assert_true_to(late, model, rollouts)
+
+
+def test_batches_and_shares_change_nothing(family):
+    """A completion is a function of (seed, step, prompt's index in the global step, completion), and of its prompt."""
+    policy, samples = float32(family), make_samples(family)
+    sampling = Sampling(max_new_tokens=20)
+
+    def run(samples=samples, seed=3, step=7, first=0, **how):
+        return generate(policy, samples, 3, sampling, seed=seed, step=step, first=first, **how)
+
+    whole = run()
+    for batch in (1, 3, 6, 10, 18):
+        assert_same(run(batch=batch), whole)
+    assert_same(run(samples[:2]) + run(samples[2:], first=2), whole)
+    assert_same([r for i in range(6) for r in run(samples[i : i + 1], first=i)], whole)
+    encoded, done = [policy.family.encode(s) for s in samples], []
+    assert_same(run(prompts=encoded, on_batch=done.append, batch=12), whole)
+    assert done == [4, 2]
+    assert all(r.inputs is encoded[r.prompt] for r in run(prompts=encoded))
+
+
+def test_every_field_of_the_counter_matters(family):
+    """The same prompt six times: what differs between its completions is the random stream alone."""
+    policy, sample = float32(family), make_sample(family, [(84, 140)])
+    sampling = Sampling(max_new_tokens=12, min_new_tokens=11)
+
+    def run(seed=3, step=7, first=0):
+        return tokens_of(generate(policy, [sample] * 2, 3, sampling, seed=seed, step=step, first=first))
+
+    base = run()
+    assert base == run()
+    others = {"seed": run(seed=4), "step": run(step=8), "first": run(first=2), "swap": run(seed=7, step=3)}
+    for name, other in others.items():
+        assert not any(a == b for a in base for b in other), name
+    assert len({tuple(ids) for ids in base}) == 6  # two prompts of three completions each
+    assert run(first=1)[:3] == base[3:]
+    for ids in base:
+        assert len(set(ids)) > 4  # positions draw with different numbers
+
+
+def test_vision_ids_are_never_drawn(late):
+    """A head bent towards the banned ids, of both signs, so that one of them is always the most probable token."""
+    policy, model = float32(late), plain_model(late)
+    banned = late.banned_ids(policy.vocab_size)
+    ids = banned.nonzero()[:, 0]
+    assert set(ids.tolist()) == {*late.vision_ids, *range(len(late.tokenizer), policy.vocab_size)}
+    for each in (policy.model, model):
+        with torch.no_grad():
+            sign = 1.5 - 3.0 * (torch.arange(len(ids)) % 2)  # 1.5, -1.5, 1.5, ...
+            each.lm_head.weight[ids] = each.lm_head.weight[ids][torch.arange(len(ids)) // 2] * sign[:, None]
+    samples = make_samples(late)
+    for temperature in (0.0, 1.0, 5.0):
+        sampling = Sampling(temperature=temperature, max_new_tokens=20)
+        rollouts = generate(policy, samples, 2, sampling, seed=0, step=0)
+        assert not any(banned[r.completion_ids].any() for r in rollouts)
+        if temperature:
+            assert_true_to(late, model, rollouts, temperature, tolerance=3e-5)
+            kept = torch.cat([r.log_kept for r in rollouts])
+            assert float(kept.median()) < np.log(0.5)  # banned ids hold most of the mass
+    argmax = [plain_logits(model, r.inputs, r.completion_ids).argmax(-1) for r in rollouts]
+    assert float(banned[torch.cat(argmax)].float().mean()) > 0.8
+
+
+def test_both_stop_tokens_stop(late):
+    """<|endoftext|> ends an answer as <|im_end|> does."""
+    policy, samples = float32(late), make_samples(late)
+    with torch.no_grad():
+        policy.model.lm_head.weight[late.stop_ids[0]] = 0
+        policy.model.lm_head.weight[late.stop_ids[1]] *= 3
+    rollouts = generate(policy, samples, 3, Sampling(max_new_tokens=60), seed=0, step=0)
+    ended = [r for r in rollouts if r.finished and r.completion_ids[-1] == late.stop_ids[1]]
+    assert len(ended) > 6 and all(late.stop_ids[1] not in r.completion_ids[:-1] for r in rollouts)
+
+
+@pytest.fixture(scope="module")
+def pairs(late):
+    """A policy, a short prompt, and the exact probabilities of every first token and pair of tokens, float64."""
+    sample = dataclasses.replace(make_sample(late, []), messages=[{"role": "user", "content": "cat"}])
+    prompt, model = late.encode(sample), late.load_model(torch.float64).eval()
+    v = model.lm_head.weight.shape[0]
+    with torch.no_grad():
+        first = plain_logits(model, prompt, torch.tensor([0]))[0]
+        streams = torch.cat([prompt.ids.expand(v, -1), torch.arange(v)[:, None]], 1)
+        model.model.rope_deltas = None
+        second = model(input_ids=streams, attention_mask=torch.ones_like(streams), use_cache=False).logits[:, -1]
+    return float32(late), sample, first, second, late.banned_ids(v)
+
+
+def cells(pairs, temperature):
+    """(V, V) probability of each pair; a stop token ends the answer, its mass stands in column 0 of its row."""
+    policy, _, first, second, banned = pairs
+    p = (first / temperature).masked_fill(banned, -torch.inf).softmax(-1)
+    q = (second / temperature).masked_fill(banned, -torch.inf).softmax(-1)
+    stops = list(policy.family.stop_ids)
+    q[stops] = 0
+    q[stops, 0] = 1
+    return (p[:, None] * q).numpy()
+
+
+def draw_pairs(pairs, n, temperature, seed):
+    policy, sample = pairs[:2]
+    sampling = Sampling(temperature=temperature, max_new_tokens=2)
+    return generate(policy, [sample], n, sampling, seed=seed, step=0, batch=n)
+
+
+def p_value(rollouts, expected):
+    """Chi-square over pairs; rare ones are pooled in the order of their probability, so that a distribution that is too
+    flat or too sharp still shows."""
+    counts = np.zeros_like(expected)
+    for r in rollouts:
+        ids = r.completion_ids.tolist()
+        counts[ids[0], ids[1] if len(ids) == 2 else 0] += 1
+    assert not counts[expected == 0].any()
+    n, order = len(rollouts), np.argsort(-expected, axis=None)
+    bins = np.minimum(np.floor(np.cumsum(expected.flat[order]) * n / 25), n // 25 - 1).astype(int)  # some 25 a bin
+    observed = np.bincount(bins, counts.flat[order])
+    wanted = np.bincount(bins, expected.flat[order]) * n
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    assert wanted.min() > 5 and len(wanted) > 50
+    return stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_frequencies_of_the_first_two_tokens(pairs, temperature):
+    expected = cells(pairs, temperature)
+    assert expected.sum() == pytest.approx(1, abs=1e-9)
+    for seed in (0, 1):
+        assert p_value(draw_pairs(pairs, 4000, temperature, seed), expected) > 1e-3
+    assert p_value(draw_pairs(pairs, 4000, 1.1 * temperature, 0), expected) < 1e-6
