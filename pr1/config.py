@@ -37,7 +37,7 @@ class Config:
     min_pixels: int = option(3136, "model", "images are enlarged to at least this many pixels")
     max_prompt_tokens: int = option(2048, "model", "longer prompts are an error before training starts")
     train_vision: bool = option(False, "model", "train the vision tower and merger too")
-    feature_cache_mb: int = option(1024, "model", "budget for cached image features of a frozen tower, MB; 0: one step")
+    feature_cache_mb: int = option(1024, "model", "budget for cached image features of a frozen tower, MB; 0: none")
     # data
     data: str | None = option(None, "data", "annotations (det: COCO instances JSON); none: rendered scenes")
     images: str | None = option(None, "data", "folder of the images that --data names")

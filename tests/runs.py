@@ -50,7 +50,7 @@ class RiggedDet(DetTask):
 class Spy:
     """Keeps what passes through the training loop of this process: batches, gradients before clipping, weights."""
 
-    def __init__(self, setattr_, weights: bool = False):
+    def __init__(self, setattr_):
         import pr1.train
         from pr1.optim import Optimizer
 
@@ -62,14 +62,15 @@ class Spy:
             return self.batches[-1]
 
         def spied_clip(optimizer):
-            self.grads.append({n: m.grad.clone() for n, m in zip(optimizer.names, optimizer.masters)})
-            if weights:
-                self.weights.append({n: m.detach().clone() for n, m in zip(optimizer.names, optimizer.masters)})
+            self.grads.append({n: m.grad.clone() for n, m in zip(optimizer.names, optimizer.masters, strict=True)})
+            self.weights.append(
+                {n: m.detach().clone() for n, m in zip(optimizer.names, optimizer.masters, strict=True)}
+            )
             return clip(optimizer)
 
         def spied_loss(*args):
             value, stats = loss(*args)
-            self.losses.append(float(value))
+            self.losses.append(float(value.detach()))
             return value, stats
 
         setattr_(pr1.train, "collect", spied_collect)
@@ -102,7 +103,7 @@ def coco_data(folder: Path, n: int = 5, split: str = "train") -> tuple[str, str]
         name, image_id = f"{number:03d}.png", 100 + 3 * number
         record.load().save(images / name)
         entries.append({"id": image_id, "file_name": name, "width": record.width, "height": record.height})
-        for box, label in zip(record.target.boxes, record.target.labels):
+        for box, label in zip(record.target.boxes, record.target.labels, strict=True):
             x1, y1, x2, y2 = map(float, box)
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[label],
                                 "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
@@ -164,7 +165,7 @@ class Job:
     def __init__(self, server: Server, pids: list[int], logs: list[Path]):
         self.server, self.pids, self.logs = server, pids, logs
 
-    def wait(self, timeout: float = 60.0) -> list[int | None]:
+    def wait(self, timeout: float = 180.0) -> list[int | None]:
         """Exit status of every rank, -9 for a kill -9, None for one still running after `timeout` seconds."""
         return self.server.ask(do="wait", pids=self.pids, timeout=timeout)
 
@@ -237,3 +238,25 @@ def torchrun(argv: list[str], cwd: Path, ranks: int = 2, timeout: float = 240.0)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.run([*command, str(LAUNCHER), *map(str, argv)], cwd=cwd, env=environment(), timeout=timeout,
                           capture_output=True, text=True)  # fmt: skip
+
+
+def train_here(argv: list, task=None, *, levels: int = 1000):
+    """train.py in this process with the rigged reward, or another task. Returns (session, spy) after the run."""
+    import pytest
+
+    from pr1.session import run_program
+    from pr1.tasks import TASKS
+    from pr1.train import train
+
+    sessions = []
+
+    def body(session):
+        sessions.append(session)
+        train(session)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # else the run sets its own number of threads for all tests to come
+        patch.setitem(TASKS, "det", task or RiggedDet(levels))
+        spy = Spy(patch.setattr)
+        assert run_program([str(a) for a in argv], "train.py", "", body) == 0
+    return sessions[0], spy

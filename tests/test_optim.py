@@ -50,8 +50,8 @@ def backward(model, grads):
 
 
 def adamw(params, grads_of, steps, lr, b1, b2, decay):
-    """Loshchilov and Hutter 2019, algorithm 2, in float64: decoupled decay, bias-corrected moments, eps 1e-8 outside the
-    root. lr(step), decay(param number)."""
+    """Loshchilov and Hutter 2019, algorithm 2, in float64: decoupled decay, bias-corrected moments, eps 1e-8 outside
+    the root. lr(step, number of the parameter), decay(number of the parameter)."""
     params = [np.asarray(p, np.float64) for p in params]
     m, v = [0.0 * p for p in params], [0.0 * p for p in params]
     for step in range(steps):

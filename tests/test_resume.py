@@ -15,7 +15,8 @@ from tiny_models import make_tiny
 STEPS = 6
 # State of every kind: two moments, the reference, the tower, several updates, a schedule, refills, epochs (5 images).
 FLAGS = [
-    *("--kl-coef", "0.05", "--entropy-coef", "0.001", "--updates-per-batch", "2", "--train-vision", "--max-refill", "2"),
+    *("--kl-coef", "0.05", "--entropy-coef", "0.001", "--updates-per-batch", "2", "--train-vision"),
+    *("--max-refill", "2"),
     *("--weight-decay", "0.1", "--schedule", "cosine", "--steps", STEPS, "--eval-every", "3"),
 ]
 COARSE = ["--levels", "2"]  # rewards of two values: a quarter of the groups is flat and is drawn again
@@ -135,7 +136,9 @@ def kill_points(events: list[str]) -> list[int]:
     """Eight calls, numbered from 1, to die in: of every kind one, the others anywhere, never twice the same."""
     draw = random.Random(20250)
     first = events.index("write") + 1  # before it there is no line
-    points = [draw.choice([i for i, n in enumerate(events, 1) if n == name and i >= first]) for name in sorted({*events})]
+    points = [
+        draw.choice([i for i, n in enumerate(events, 1) if n == name and i >= first]) for name in sorted({*events})
+    ]
     rest = [i for i in range(1, len(events) + 1) if i not in points]
     return points + draw.sample(rest, 8 - len(points))
 

@@ -61,8 +61,11 @@ def ranks():
         port = free.getsockname()[1]
     env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    running = [subprocess.Popen([sys.executable, "-P", "-c", f"SHAPES = {SHAPES}\n{RANK}"], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]  # fmt: skip
+    command = [sys.executable, "-P", "-c", f"SHAPES = {SHAPES}\n{RANK}"]
+    running = [
+        subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True) for rank in range(2)
+    ]  # fmt: skip
     try:
         done = [process.communicate(timeout=240) for process in running]
     finally:
