@@ -34,7 +34,7 @@ def load_model_family(cfg: Config, say):
 def load_train_data(cfg: Config, task, say) -> Sequence:
     if cfg.data is None:
         say("data: rendered scenes; for your own pass --data instances.json --images DIR")
-        return SceneDataset("train", TRAIN_SCENES, SceneOptions.at(cfg.difficulty))
+        return SceneDataset("train", TRAIN_SCENES, SceneOptions.at(cfg.difficulty, duplicates=cfg.duplicates))
     if cfg.images is None:
         raise ValueError(f"--data {cfg.data}: the folder of its images is missing (--images DIR)")
     return task.load(cfg.data, cfg.images, log=say)

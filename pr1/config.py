@@ -44,7 +44,9 @@ class Config:
     eval_data: str | None = option(None, "data", "annotations to evaluate on; none: no evaluation with --data")
     eval_images: str | None = option(None, "data", "folder of the images that --eval-data names (default --images)")
     eval_samples: int = option(1000, "data", "evaluate on the first this many images; 0: all")
-    difficulty: float = option(0.5, "data", "difficulty of the rendered scenes, 0 to 1")
+    difficulty: float = option(0.25, "data", "difficulty of the rendered scenes, 0 to 1")
+    duplicates: float = option(0.0, "data", "share of the training scenes' objects annotated twice, a badly merged data "
+                               "set for sft.py to learn a bad habit from")  # fmt: skip
     # rollout
     group_size: int = option(8, "rollout", "G, completions per prompt")
     prompts_per_step: int = option(16, "rollout", "P, prompts of a step over all ranks")
@@ -128,6 +130,7 @@ def check(cfg: Config) -> None:
     need(cfg.eval_every >= -1, "eval_every", "must be -1 (never), 0 (before and after) or a number of steps")
     need(0 < cfg.top_p <= 1, "top_p", "must lie in (0, 1]")
     need(0 <= cfg.difficulty <= 1, "difficulty", "must lie in [0, 1]")
+    need(0 <= cfg.duplicates <= 1, "duplicates", "must lie in [0, 1]")
     need(0 <= cfg.beta1 < 1, "beta1", "must lie in [0, 1)")
     need(0 <= cfg.beta2 < 1, "beta2", "must lie in [0, 1)")
     need(cfg.rollout_cap > 0, "rollout_cap", "must be above 0 (inf: no cap)")

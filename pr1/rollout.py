@@ -89,15 +89,16 @@ def _decode(policy, prompts, weight, logits, attend, sampling, counter, group_si
     for t in range(top):
         keys = token_keys(seed, step, first + prompt, completion, torch.full_like(prompt, t))
         forbid = torch.ones_like(live, dtype=torch.bool) if t < sampling.min_new_tokens else None
-        drawn = sample_tokens(logits, keys, sampling, forbid_stop=forbid)
-        trace.tokens[live, t], trace.logp[live, t], trace.entropy[live, t], trace.log_kept[live, t] = drawn
-        stopped = torch.isin(drawn[0], stops) & ~trace.finished[live]
+        token, *numbers = sample_tokens(logits, keys, sampling, forbid_stop=forbid)
+        trace.tokens[live, t] = token
+        for column, values in zip((trace.logp, trace.entropy, trace.log_kept), numbers):
+            column[live, t] = values.float()
+        stopped = torch.isin(token, stops) & ~trace.finished[live]
         trace.length[live[stopped]] = t + 1
         trace.finished[live[stopped]] = True
         open_groups = ~trace.finished[live].view(-1, group_size).all(1)
         if t + 1 == top or not open_groups.any():
             break
-        token = drawn[0]
         if not open_groups.all():
             attend.keep(open_groups.nonzero()[:, 0])
             kept = open_groups.repeat_interleave(group_size)

@@ -51,6 +51,7 @@ class SceneOptions:
     empty: float = 0.04  # share of scenes without objects
     noise: int = 8  # amplitude of the uniform pixel noise, grey levels of 255
     clutter: int = 4  # largest number of faint thin strips behind the objects
+    duplicates: float = 0.0  # share of objects annotated twice, the second box off by up to a tenth of its size
 
     def __post_init__(self):
         self._between("max_objects", 1, 100)
@@ -61,6 +62,7 @@ class SceneOptions:
         self._between("max_overlap", 0.0, 0.4)
         self._between("empty", 0.0, 1.0)
         self._between("crowded", 0.0, 1.0 - self.empty)
+        self._between("duplicates", 0.0, 1.0)
         self._between("noise", 0, 64)
         self._between("clutter", 0, 100)
         # Above a third of the canvas the smallest objects no longer always find a place.
@@ -283,14 +285,29 @@ class SceneDataset(Sequence):
             raise IndexError(f"scene {index} of {self.size}")
         return arrange(self.options, self.seed, self.split, i)
 
+    def _second_boxes(self, scene: Scene, boxes: list[tuple]) -> list[tuple[int, tuple]]:
+        """(object, its second box) of those a second annotator marked too, in whole pixels inside the image."""
+        draws, second = Draws(self.seed, 2 * len(SPLITS) + SPLITS.index(scene.split), scene.index), []
+        for k, (x1, y1, x2, y2) in enumerate(boxes):
+            off = [round(draws.uniform(-0.1, 0.1) * side) for side in (x2 - x1, y2 - y1) * 2]
+            if draws.uniform() < self.options.duplicates:
+                box = [v + d for v, d in zip((x1, y1, x2, y2), off, strict=True)]
+                ends = (scene.width, scene.height) * 2
+                second.append((k, tuple(min(max(v, 0), end) for v, end in zip(box, ends, strict=True))))
+        return second
+
     def __getitem__(self, index: int) -> ImageRecord:
         scene = self.scene(index)
         shapes = sorted(scene.shapes, key=lambda s: (s.y, s.x))
         boxes = [(s.x, s.y, s.x + s.width, s.y + s.height) for s in shapes]
+        labels = [s.label for s in shapes]
+        if self.options.duplicates:
+            extra = self._second_boxes(scene, boxes)
+            boxes, labels = boxes + [box for _, box in extra], labels + [labels[k] for k, _ in extra]
         target = BoxTarget(
             boxes=np.array(boxes, np.float64).reshape(-1, 4),
-            labels=tuple(s.label for s in shapes),
-            ignore=np.zeros(len(shapes), bool),
+            labels=tuple(labels),
+            ignore=np.zeros(len(boxes), bool),
             image_id=scene.index,
         )
         return ImageRecord(
