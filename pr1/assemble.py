@@ -28,7 +28,9 @@ def load_model_family(cfg: Config, say):
             raise ValueError(f"the embedded tiny policy is missing ({TINY}): run `make warmstart`, or pass --model")
         say(f"policy: the embedded tiny one ({TINY.name}, Qwen2.5-VL architecture, warm-started on rendered scenes); "
             "for the real thing pass --model Qwen/Qwen2.5-VL-3B-Instruct")  # fmt: skip
-    return load_family(cfg.model or str(TINY), max_pixels=cfg.max_pixels, min_pixels=cfg.min_pixels)
+    family = load_family(cfg.model or str(TINY), max_pixels=cfg.max_pixels, min_pixels=cfg.min_pixels)
+    family.check_weights()  # now, not after the data has been read
+    return family
 
 
 def load_train_data(cfg: Config, task, say) -> Sequence:

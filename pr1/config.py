@@ -99,13 +99,15 @@ RECIPES = {
                   rollout_cap=math.inf, train_vision=True, schedule="linear", warmup_steps=0, prompts_per_step=14,
                   max_new_tokens=2048),
     # two CPU cores, ten minutes
-    "embedded": dict(steps=200, lr=1e-4, prompts_per_step=16, max_new_tokens=128, eval_every=0, max_prompt_tokens=512,
+    "embedded": dict(steps=200, lr=1e-4, temperature=0.7, prompts_per_step=16, max_new_tokens=100, eval_every=0,
                      save_every=50),
 }  # fmt: skip
 
 # what may differ between a run and its resumption
 RESUMABLE = {"steps", "resume", "eval_every", "save_every", "keep_checkpoints", "report_samples", "tensorboard",
              "wandb", "run_dir", "rollout_batch", "feature_cache_mb"}  # fmt: skip
+
+MAY_BE_INFINITE = ("clip_low", "clip_high", "rollout_cap")
 
 
 def check(cfg: Config) -> None:
@@ -118,11 +120,13 @@ def check(cfg: Config) -> None:
     for field in dataclasses.fields(cfg):
         choices = field.metadata["choices"]
         need(not choices or getattr(cfg, field.name) in choices, field.name, f"one of {', '.join(choices or ())}")
+        finite = not isinstance(getattr(cfg, field.name), float) or math.isfinite(getattr(cfg, field.name))
+        need(finite or field.name in MAY_BE_INFINITE, field.name, "must be a finite number")
     need(cfg.group_size >= 2, "group_size", "a group needs at least 2 completions, advantages compare them")
     for name in ("prompts_per_step", "updates_per_batch", "max_refill", "max_new_tokens", "rollout_batch", "pack_tokens",
                  "max_prompt_tokens", "sft_batch", "min_pixels"):  # fmt: skip
         need(getattr(cfg, name) >= 1, name, "must be at least 1")
-    for name in ("steps", "kl_coef", "entropy_coef", "lr", "weight_decay", "grad_clip", "warmup_steps",
+    for name in ("steps", "seed", "kl_coef", "entropy_coef", "lr", "weight_decay", "grad_clip", "warmup_steps",
                  "save_every", "keep_checkpoints", "eval_samples", "top_k", "min_new_tokens", "clip_low", "clip_high",
                  "report_samples", "feature_cache_mb"):  # fmt: skip
         need(getattr(cfg, name) >= 0, name, "must not be negative")
@@ -138,6 +142,7 @@ def check(cfg: Config) -> None:
     need(cfg.min_new_tokens <= cfg.max_new_tokens, "min_new_tokens", "must not exceed --max-new-tokens")
     need(cfg.rollout_batch >= cfg.group_size, "rollout_batch", f"must hold a whole group ({cfg.group_size})")
     need(cfg.vision_lr is None or cfg.train_vision, "vision_lr", "needs --train-vision")
+    need(cfg.vision_lr is None or cfg.vision_lr >= 0, "vision_lr", "must not be negative")
     need(cfg.images is None or cfg.data is not None, "images", "needs --data")
     need(cfg.eval_images is None or cfg.eval_data is not None, "eval_images", "needs --eval-data")
     need(cfg.eval_data is None or cfg.data is not None, "eval_data", "needs --data (scenes have their own held-out set)")

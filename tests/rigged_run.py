@@ -1,6 +1,6 @@
 """Runs a program of the package with the rigged reward of tests/runs.py.
 
-    python tests/rigged_run.py [--levels N] [--dump FILE] [--events FILE] [--kill N] {train,sft,eval} FLAGS...
+    python tests/rigged_run.py [--flat ID,ID] [--dump FILE] [--events FILE] [--kill N] {train,sft,eval} FLAGS...
     python tests/rigged_run.py --serve      forks one such process for each request on standard input
 
 --events FILE writes the name of every call that changes the disk, one a line; --kill N is `kill -9` in the middle of
@@ -82,14 +82,14 @@ class Events:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--levels", type=int, default=1000)
+    parser.add_argument("--flat", default="")
     parser.add_argument("--dump")
     parser.add_argument("--events")
     parser.add_argument("--kill", type=int)
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
-    TASKS["det"] = RiggedDet(options.levels)
+    TASKS["det"] = RiggedDet(options.flat.split(","))
     spy = Spy(setattr) if options.dump else None
     if options.events or options.kill:
         Events(options.events, options.kill)

@@ -36,15 +36,18 @@ SHORT = [
 
 
 class RiggedDet(DetTask):
-    """Detection whose reward is a hash of the text, one of `levels` values from 0 to 1; few levels make flat groups."""
+    """Detection whose reward is a hash of the text, from 0 to 1; the groups of the samples `flat` are worth 0.5."""
 
-    def __init__(self, levels: int = 1000):
-        self.levels = levels
+    def __init__(self, flat=()):
+        self.flat = frozenset(flat)
 
     def reward(self, texts, samples):
         _, parts = super().reward(texts, samples)
-        values = [[zlib.crc32(text.encode()) % self.levels for text in group] for group in texts]
-        return np.array(values, np.float32).reshape(len(texts), -1) / (self.levels - 1), parts
+        values = [
+            [500 if sample.id in self.flat else zlib.crc32(text.encode()) % 1001 for text in group]
+            for group, sample in zip(texts, samples, strict=True)
+        ]
+        return np.array(values, np.float32).reshape(len(texts), -1) / 1000, parts
 
 
 class Spy:
@@ -240,7 +243,7 @@ def torchrun(argv: list[str], cwd: Path, ranks: int = 2, timeout: float = 240.0)
                           capture_output=True, text=True)  # fmt: skip
 
 
-def train_here(argv: list, task=None, *, levels: int = 1000):
+def train_here(argv: list, task=None):
     """train.py in this process with the rigged reward, or another task. Returns (session, spy) after the run."""
     import pytest
 
@@ -256,7 +259,7 @@ def train_here(argv: list, task=None, *, levels: int = 1000):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # else the run sets its own number of threads for all tests to come
-        patch.setitem(TASKS, "det", task or RiggedDet(levels))
+        patch.setitem(TASKS, "det", task or RiggedDet())
         spy = Spy(patch.setattr)
         assert run_program([str(a) for a in argv], "train.py", "", body) == 0
     return sessions[0], spy

@@ -126,13 +126,14 @@ def test_dropped_boxes_are_counted_and_told(model, tmp_path, capsys, monkeypatch
     """Boxes without area or outside do not stop a run; the log has their numbers, and the targets have no such box."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     boxes = [[1, 2, 10, 12], [5, 5, 0, 9], [5, 5, 9, 0], [60, 4, 5, 5], [30, 20, 20, 20], [2, 2, 6, 6], [9, 9, 5, 5]]
+    boxes += [[3, 3, 7, 7], [8, 2, 4, 4]]
     rows = [{"id": i, "image_id": 1, "category_id": 2, "bbox": box} for i, box in enumerate(boxes)]
     data = write(tmp_path, one_image_data(tmp_path, annotations=rows))
     argv = [*SHORT, "--steps", 0, "--model", model, "--run-dir", tmp_path / "run", "--data", data, "--images",
             tmp_path / "images"]  # fmt: skip
     assert pr1.train.main([str(a) for a in argv]) == 0
     out = capsys.readouterr().out
-    assert "1 images (0 without objects), 4 boxes" in out
+    assert "1 images (0 without objects), 6 boxes" in out
     assert "dropped 2 boxes without area and 1 outside their image, clipped 1" in out and "WARNING" not in out
 
 

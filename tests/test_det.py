@@ -200,6 +200,19 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("family", NAMES)
+def test_breaking_off_inside_a_box_is_a_wrong_prediction(family):
+    """A policy that is unsure of a box must not get out of it by stopping halfway."""
+    objects = [("cat", (100, 100, 300, 300)), ("dog", (500, 500, 700, 700))]
+    first = FAMILIES[family].format_boxes(objects[:1])
+    both = FAMILIES[family].format_boxes(objects)
+    closed = reward_of(first, make_sample(objects, family))[0]
+    assert closed == pytest.approx(2 / 3)  # one of two found, nothing wrong
+    for cut in (both[: both.rindex("(500" if family == "qwen2_vl" else "500")], both[: both.rindex("700") - 1]):
+        reward, parts = reward_of(cut, make_sample(objects, family))
+        assert reward == pytest.approx(2 * 1 / (2 + 2)) and parts["precision"] == pytest.approx(0.5), cut
+
+
+@pytest.mark.parametrize("family", NAMES)
 def test_empty_images(family):
     nothing, something = make_sample([], family), make_sample([("cat", A)], family)
     box = FAMILIES[family].format_boxes([("cat", A)])

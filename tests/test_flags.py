@@ -59,7 +59,8 @@ def test_what_is_not_understood_is_fatal(argv, capsys):
         with pytest.raises(SystemExit) as stop:
             program(["--task", "det", *argv])
         assert stop.value.code == 2
-        assert argv[0] in capsys.readouterr().err.splitlines()[-1]
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert any(word in told for word in argv)
 
 
 def test_hyphens_and_underscores():
@@ -81,16 +82,18 @@ def yaml(tmp_path, text: str):
 
 def test_defaults_recipe_file_flags_in_this_order(tmp_path):
     file = yaml(
-        tmp_path, "recipe: paper\nmodel: some/model\nkl-coef: 0.2\nlr: 3e-6\nprompts_per_step: 5\nvision_lr: 1\n"
+        tmp_path, "recipe: paper\nmodel: some/model\nkl-coef: 0.2\nlr: 3e-6\nprompts_per_step: 5\n"
     )
     cfg = parse("--config", file, "--prompts-per-step", 6)
     assert cfg.group_size == 8  # default
     assert cfg.aggregation == "sequence-mean" and cfg.train_vision  # recipe over default
     assert cfg.kl_coef == 0.2  # file over recipe
-    assert cfg.lr == 3e-6 and cfg.vision_lr == 1.0 and isinstance(cfg.vision_lr, float)
+    assert cfg.lr == 3e-6
     assert cfg.prompts_per_step == 6  # flag over file
     assert parse("--config", file, "--recipe", "default").aggregation == "token-mean"
     assert parse("--config", yaml(tmp_path, "")) == parse()
+    cfg = parse("--config", yaml(tmp_path, "train_vision: true\nvision_lr: 1\n"))
+    assert cfg.vision_lr == 1.0 and isinstance(cfg.vision_lr, float)
     assert parse("--config", yaml(tmp_path, "eval_data: null\nclip_low: .inf\n")).clip_low == math.inf
 
 
@@ -210,7 +213,7 @@ def test_every_field_is_read(tmp_path):
     model = make_tiny(tmp_path / "model", "qwen2_5_vl", hidden=32)
     data, images = runs.coco_data(tmp_path, 2)
     own_data = ["--data", data, "--images", images, "--eval-data", data, "--eval-images", images]
-    short = [*SHORT, "--steps", "1", "--model", model, "--train-vision"]
+    short = [*SHORT, "--steps", "2", "--warmup-steps", "0", "--model", model, "--train-vision"]
     scenes = lambda name: pr1.train.main([*short, "--run-dir", str(tmp_path / name)])  # noqa: E731
     programs = [
         lambda: scenes("scenes"),

@@ -13,6 +13,9 @@ import torch
 from runs import SHORT, read_lines, timeless
 from tiny_models import make_tiny
 
+from pr1.assemble import TRAIN_SCENES
+from pr1.sampler import PromptSampler
+
 EXACT = ("step", "completion_tokens", "truncated", "flat_groups", "clipped", "lr")
 
 
@@ -25,9 +28,12 @@ def load(dump, ranks: int) -> list[dict]:
     return [torch.load(f"{dump}.{rank}.pt") for rank in range(ranks)]
 
 
-def start(model, folder, ranks: int, flags: str, levels: int = 1000):
+def start(model, folder, ranks: int, flags: str, flat=()):
+    """flat: places in the drawing order whose groups are flat."""
     argv = ["train", *SHORT, "--model", model, "--run-dir", folder / f"run{ranks}", "--steps", 1, *flags.split()]
-    launcher = [["--levels", str(levels), "--dump", str(folder / f"dump{ranks}")] for _ in range(ranks)]
+    order = PromptSampler(TRAIN_SCENES, 0).draw(20)
+    ids = ",".join(f"train-{order[i]}" for i in flat)
+    launcher = [["--flat", ids, "--dump", str(folder / f"dump{ranks}")] for _ in range(ranks)]
     return runs.server().start(argv, folder / f"log{ranks}", ranks, launcher)
 
 
@@ -76,36 +82,33 @@ def compare(one: list[dict], two: list[dict], folder) -> None:
                 assert theirs[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
 
 
-CASES = {  # flags; levels of the reward; groups of each rank
-    "odd number of prompts": ("--prompts-per-step 3 --eval-every 0", 1000, [1, 2]),
-    "a rank without prompts": ("--prompts-per-step 1 --kl-coef 0.1 --train-vision", 1000, [0, 1]),
-    "a rank without packs": ("--prompts-per-step 4 --seed SEED", 2, [2, 2]),
-    "refill": ("--prompts-per-step 3 --max-refill 3 --aggregation sequence-mean --group-size 2", 2, None),
-    "several packs": ("--prompts-per-step 3 --pack-tokens 90 --entropy-coef 0.01", 1000, [1, 2]),
+CASES = {  # flags; flat places; groups of each rank
+    "odd number of prompts": ("--prompts-per-step 3 --eval-every 0", (), [1, 2]),
+    "a rank without prompts": ("--prompts-per-step 1 --kl-coef 0.1 --train-vision", (), [0, 1]),
+    "a rank without packs": ("--prompts-per-step 4", (0, 1), [2, 2]),
+    "refill": ("--prompts-per-step 3 --max-refill 3 --aggregation sequence-mean --group-size 2", (0, 2, 3), [1, 2]),
+    "several packs": ("--prompts-per-step 3 --pack-tokens 90 --entropy-coef 0.01", (), [1, 2]),
 }  # fmt: skip
-FLAT_SEED = 4  # with it rank 0's two groups are flat and rank 1's are not
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_rank_and_two(case, model, tmp_path):
-    flags, levels, shares = CASES[case]
-    flags = flags.replace("SEED", str(FLAT_SEED))
-    jobs = [start(model, tmp_path, n, flags, levels) for n in (1, 2)]
+    flags, flat, shares = CASES[case]
+    jobs = [start(model, tmp_path, n, flags, flat) for n in (1, 2)]
     for job in jobs:
         job.finish()  # a hang ends after three minutes
     one, two = load(tmp_path / "dump1", 1), load(tmp_path / "dump2", 2)
     compare(one, two, tmp_path)
-    if shares:
-        assert [len(dump["batches"][0]["samples"]) for dump in two] == shares
+    assert [len(dump["batches"][0]["samples"]) for dump in two] == shares
     packs = [len(dump["losses"]) for dump in two]
     if case == "a rank without prompts":
         assert packs == [0, 1]
     if case == "a rank without packs":
-        flat = [[len({*rewards}) == 1 for rewards in dump["batches"][0]["rewards"]] for dump in two]
-        assert all(flat[0]) and not all(flat[1]) and packs == [0, 1], flat
+        assert packs == [0, 1] and one[0]["batches"][0]["flat"] == 2
     if case == "refill":
-        drawn = sum(dump["batches"][0]["drawn"] for dump in two)
-        assert drawn == one[0]["batches"][0]["drawn"] > 3
+        drawn = [sum(dump["batches"][0]["drawn"] for dump in dumps) for dumps in (one, two)]
+        assert drawn == [6, 6]  # 0, 1, 2, then 3, 4, then 5
+        assert sorted(groups_of(two)) == [1, 4, 5]
     if case == "several packs":
         assert packs[0] != packs[1] and len(one[0]["losses"]) > 2
 

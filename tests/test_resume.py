@@ -19,7 +19,7 @@ FLAGS = [
     *("--max-refill", "2"),
     *("--weight-decay", "0.1", "--schedule", "cosine", "--steps", STEPS, "--eval-every", "3"),
 ]
-COARSE = ["--levels", "2"]  # rewards of two values: a quarter of the groups is flat and is drawn again
+RIG = ["--flat", "100"]  # the group of this image is always flat: others are drawn instead
 
 
 class Lab:
@@ -34,7 +34,7 @@ class Lab:
                       "--eval-data", held_out, "--eval-images", held_out_images]  # fmt: skip
 
     def start(self, run: Path, *flags, ranks=1, kill=None, killed_rank=0, events=None):
-        launcher = [list(COARSE) for _ in range(ranks)]
+        launcher = [list(RIG) for _ in range(ranks)]
         if kill:
             launcher[killed_rank] += ["--kill", str(kill)]
         if events:
@@ -218,9 +218,9 @@ def test_killed_under_torchrun(lab, tmp_path):
     run = tmp_path / "run"
     point = [i for i, name in enumerate(events, 1) if name == "rename"][2]
     argv = [*lab.flags, "--run-dir", run, "--save-every", 1]
-    killed = runs.torchrun([*COARSE, "--kill", point, *argv], tmp_path)
+    killed = runs.torchrun([*RIG, "--kill", point, *argv], tmp_path)
     assert killed.returncode != 0
     assert (run / "checkpoints" / "step-2").is_dir() and not (run / "checkpoints" / "step-6").exists()
-    resumed = runs.torchrun([*COARSE, *argv, "--resume"], tmp_path)
+    resumed = runs.torchrun([*RIG, *argv, "--resume"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     check_equal(run, whole)

@@ -31,7 +31,7 @@ MODELS = {
 }
 MARGIN = 1e-3  # a greedy choice may not hang on rounding
 # With these weights float32 itself is off by 3e-5 nat. In float64 what is left is the decoder's float32 softmax.
-TOLERANCE = {torch.float32: 3e-5, torch.float64: 3e-6}
+TOLERANCE = {torch.float32: 3e-5, torch.float64: 5e-6}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -152,35 +152,34 @@ def test_the_weights_see_images_positions_and_siblings(family):
             assert float((moved - right).abs().max()) > 0.1, f"prompt {i}: {what}"
 
 
+@pytest.fixture(scope="module")
+def answers(family):
+    """transformers' greedy answers to SIZES; no choice among them hangs on rounding."""
+    model, found = plain_model(family), []
+    for prompt in (family.encode(sample) for sample in make_samples(family)):
+        found.append(plain_greedy(family, model, prompt))
+        with torch.no_grad():
+            z = plain_logits(model, prompt, torch.tensor(found[-1]))
+        two = z.masked_fill(family.banned_ids(z.shape[1]), -torch.inf).topk(2, -1).values
+        assert float((two[:, 0] - two[:, 1]).min()) > MARGIN
+    return found
+
+
+def test_the_answers_are_worth_comparing(family, answers):
+    """Three stop lengths or more, in every answer five distinct tokens (if it has so many), and one is long."""
+    assert len({len(ids) for ids in answers if ids[-1] in family.stop_ids}) >= 3
+    assert all(len(set(ids)) >= 5 for ids in answers if len(ids) >= 5)
+    assert sum(len(ids) >= 5 for ids in answers) >= 3 and max(map(len, answers)) > 40
+
+
 @pytest.mark.parametrize("group_size, batch", [(1, 256), (1, 4), (3, 256), (3, 7), (3, 1)])
-def test_greedy_equals_transformers_token_for_token(family, group_size, batch, request):
-    samples = make_samples(family)
-    rollouts = generate(policy_of(family), samples, group_size, greedy(), seed=1, step=2, batch=batch)
-    theirs = _plain_answers(family, request)
+def test_greedy_equals_transformers_token_for_token(family, answers, group_size, batch):
+    rollouts = generate(policy_of(family), make_samples(family), group_size, greedy(), seed=1, step=2, batch=batch)
     assert [(r.prompt, r.completion) for r in rollouts] == [(p, g) for p in range(6) for g in range(group_size)]
-    assert tokens_of(rollouts) == [ids for ids in theirs for _ in range(group_size)]
-    stops = {len(ids) for ids in theirs if ids[-1] in family.stop_ids}
-    assert len(stops) >= 3 and any(len(ids) == LONGEST for ids in theirs) or 1 in stops
-    assert all(len(set(ids)) >= 5 for ids in theirs if len(ids) >= 5) and max(map(len, theirs)) > 40
+    assert tokens_of(rollouts) == [ids for ids in answers for _ in range(group_size)]
     for r in rollouts:
+        assert r.finished == (r.completion_ids[-1] in family.stop_ids) == (len(r.completion_ids) < LONGEST)
         assert torch.equal(r.log_kept, r.logp_rollout)  # what is kept is the one token
-
-
-_answers = {}
-
-
-def _plain_answers(family, request):
-    """transformers' greedy answers to SIZES, made once a model; no choice among them hangs on rounding."""
-    if family.folder not in _answers:
-        model = plain_model(family)
-        prompts = [family.encode(s) for s in make_samples(family)]
-        _answers[family.folder] = [plain_greedy(family, model, p) for p in prompts]
-        for prompt, ids in zip(prompts, _answers[family.folder], strict=True):
-            with torch.no_grad():
-                z = plain_logits(model, prompt, torch.tensor(ids))
-            two = z.masked_fill(family.banned_ids(z.shape[1]), -torch.inf).topk(2, -1).values
-            assert float((two[:, 0] - two[:, 1]).min()) > MARGIN
-    return _answers[family.folder]
 
 
 def test_greedy_records_log_probs_at_temperature_one(family):
@@ -191,15 +190,15 @@ def test_greedy_records_log_probs_at_temperature_one(family):
         torch.testing.assert_close(r.entropy.double(), entropy, rtol=0, atol=TOLERANCE[torch.float64])
 
 
-def test_min_new_tokens(family, request):
+def test_min_new_tokens(family, answers):
     """As transformers understands it: the first stop may be token number least + 1."""
-    samples, free = make_samples(family), _plain_answers(family, request)
-    least = sorted(map(len, free))[1] + 3  # two or more of the answers may not stop where they would
+    samples = make_samples(family)
+    least = sorted(map(len, answers))[1] + 3  # two or more of the answers may not stop where they would
     rollouts = generate(policy_of(family), samples, 1, greedy(min_new_tokens=least), seed=0, step=0)
     model = plain_model(family)
     theirs = [plain_greedy(family, model, r.inputs, min_new_tokens=least) for r in rollouts]
     assert tokens_of(rollouts) == theirs
-    assert sum(a != b for a, b in zip(free, theirs, strict=True)) >= 2
+    assert sum(a != b for a, b in zip(answers, theirs, strict=True)) >= 2
     assert all(len(ids) > least and not set(ids[:least]) & set(family.stop_ids) for ids in theirs)
     sampling = Sampling(min_new_tokens=6, max_new_tokens=9)
     drawn = generate(policy_of(family, torch.float64), samples, 3, sampling, seed=0, step=0)
@@ -207,16 +206,15 @@ def test_min_new_tokens(family, request):
     assert_true_to(family, plain_model(family, torch.float64), drawn, min_new_tokens=6)
 
 
-def test_stop_token_truncation_and_text(family, request):
+def test_stop_token_truncation_and_text(family, answers):
     """The stop token is in the completion and not in the text; an answer cut one token before it is unfinished."""
-    free = _plain_answers(family, request)
-    which = max((i for i, ids in enumerate(free) if ids[-1] in family.stop_ids), key=lambda i: len(free[i]))
-    length, samples, policy = len(free[which]), [make_samples(family)[which]], policy_of(family)
+    which = max((i for i, ids in enumerate(answers) if ids[-1] in family.stop_ids), key=lambda i: len(answers[i]))
+    length, samples, policy = len(answers[which]), [make_samples(family)[which]], policy_of(family)
     (whole,) = generate(policy, samples, 1, greedy(max_new_tokens=length), seed=0, step=0)
     (cut,) = generate(policy, samples, 1, greedy(max_new_tokens=length - 1), seed=0, step=0)
-    assert whole.finished and whole.completion_ids.tolist() == free[which]
-    assert not cut.finished and cut.completion_ids.tolist() == free[which][:-1]
-    assert whole.text == cut.text == family.decode(torch.tensor(free[which][:-1])) and "<|im_end|>" not in whole.text
+    assert whole.finished and whole.completion_ids.tolist() == answers[which]
+    assert not cut.finished and cut.completion_ids.tolist() == answers[which][:-1]
+    assert whole.text == cut.text == family.decode(torch.tensor(answers[which][:-1])) and "<|im_end|>" not in whole.text
     for r in (whole, cut):
         n = len(r.completion_ids)
         assert r.loss_mask.tolist() == [True] * n
@@ -241,16 +239,16 @@ def test_recorded_log_probs_are_the_plain_models(family, temperature, dtype):
 
 
 def test_groups_that_leave_at_different_times(late):
-    """Stops made likely: some groups are done after a few tokens, others outlive the growth of the suffix by far."""
+    """Stops made likely: some groups are done before the suffix grows, others long after, and within a group, too."""
     policy, model = policy_of(late, torch.float64), plain_model(late, torch.float64)
     for each in (policy.model, model):
         with torch.no_grad():
-            each.lm_head.weight[late.stop_ids[0]] *= 1.7
-    rollouts = generate(policy, make_samples(late), 2, Sampling(max_new_tokens=90), seed=0, step=0)
-    ends = [max(len(r.completion_ids) for r in rollouts[2 * p : 2 * p + 2]) for p in range(6)]
-    lengths = [len(r.completion_ids) for r in rollouts]
-    assert len(set(ends)) >= 4 and min(ends) < 20 and max(ends) > 70, ends
-    assert any(lengths[2 * p] != lengths[2 * p + 1] for p in range(6))
+            each.lm_head.weight[late.stop_ids[0]] *= 1.2
+    rollouts = generate(policy, make_samples(late), 2, Sampling(max_new_tokens=90), seed=1, step=0)
+    lengths = [[len(r.completion_ids) for r in rollouts[2 * p : 2 * p + 2]] for p in range(6)]
+    ends = [max(group) for group in lengths]
+    assert len(set(ends)) >= 4 and min(ends) < 40 and max(ends) > 80, ends
+    assert any(min(group) < 10 and max(group) > 60 for group in lengths)
     assert_true_to(late, model, rollouts)
 
 
@@ -303,15 +301,16 @@ def test_vision_ids_are_never_drawn(late):
             sign = 2.5 - 5.0 * (torch.arange(len(ids)) % 2)  # 2.5, -2.5, 2.5, ...
             each.lm_head.weight[ids] = each.lm_head.weight[ids][torch.arange(len(ids)) // 2] * sign[:, None]
     samples = make_samples(late)
-    for temperature in (0.0, 1.0, 5.0):
+    for temperature in (0.0, 5.0, 1.0):
         sampling = Sampling(temperature=temperature, max_new_tokens=20)
         rollouts = generate(policy, samples, 2, sampling, seed=0, step=0)
         assert not any(banned[r.completion_ids].any() for r in rollouts)
         if temperature:
             assert_true_to(late, model, rollouts, temperature)
-            kept = torch.cat([r.log_kept for r in rollouts])
-            assert float(kept.median()) < np.log(0.5)  # banned ids hold most of the mass
-    argmax = [plain_logits(model, r.inputs, r.completion_ids).argmax(-1) for r in rollouts]
+    kept = torch.cat([r.log_kept for r in rollouts])
+    assert float(kept.median()) < np.log(0.5)  # at temperature 1 the banned ids hold most of the mass
+    with torch.no_grad():
+        argmax = [plain_logits(model, r.inputs, r.completion_ids).argmax(-1) for r in rollouts]
     assert float(banned[torch.cat(argmax)].float().mean()) > 0.8
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from pr1.families.preprocessing import BICUBIC, read_image_spec, read_json, resized
@@ -100,6 +101,21 @@ class Family:
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
     # ---- the model ------------------------------------------------------------------------------------------------
+
+    def check_weights(self) -> None:
+        """ValueError when weight files of a model folder are missing or cut, which their headers tell. The files of a hub
+        name are downloaded when the model is loaded; weights in another format than safetensors are not looked at."""
+        folder = Path(self.source)
+        if not folder.is_dir() or (any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))):
+            return
+        shards = (read_json(folder, "model.safetensors.index.json") or {}).get("weight_map", {})
+        for name in sorted(set(shards.values())) or ["model.safetensors"]:
+            try:
+                with safe_open(folder / name, "pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                remedy = "copy or download the model again, whole"
+                raise ValueError(f"model {self.source}: the weights {name} cannot be read ({error}); {remedy}") from None
 
     def load_model(self, dtype: torch.dtype):
         """The transformers model with its weights in `dtype`, on the CPU."""

@@ -89,9 +89,10 @@ class DetTask:
         recall; iou, the mean IoU of the pairs worth more than 0, else 0; count_ratio, min / max of n_pred and n_gt;
         format, 1 if the whole text is one well-formed answer, else 0. Raises on no text.
 
-        Malformed items count as wrong predictions. Nothing predicted where there is nothing to find is worth 1, if it
-        was said in form; text without an answer is worth 0. An ignore region is never a target; a prediction of its
-        class with more than half of its own area inside counts neither way, unless its pair is worth more than 0.
+        Malformed items count as wrong predictions, and so does what an answer breaks off in. Nothing predicted where
+        there is nothing to find is worth 1, if it was said in form; text without an answer is worth 0. An ignore region
+        is never a target; a prediction of its class with more than half of its own area inside counts neither way,
+        unless its pair is worth more than 0.
         """
         group = {len(answers) for answers in texts}
         if len(texts) != len(samples) or len(group) > 1:
@@ -130,7 +131,8 @@ class _Found(NamedTuple):
         n_targets = int((~sample.target.ignore).sum())
         xyxy, valid = _original(answer.items, sample.frames[0])
         rows = np.flatnonzero(valid)[: max(MAX_MATCHED, 2 * n_targets)]
-        return cls(xyxy[rows], [answer.items[i].label for i in rows], len(answer.items), answer.format_ok)
+        n_pred = len(answer.items) + answer.truncated  # or a policy learns to stop inside a box it is not sure of
+        return cls(xyxy[rows], [answer.items[i].label for i in rows], n_pred, answer.format_ok)
 
 
 def _score(found: list[_Found], targets: list[BoxTarget], sizes: np.ndarray) -> dict[str, np.ndarray]:
