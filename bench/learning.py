@@ -1,9 +1,9 @@
 """Does the reward teach? RL from one frozen warm start on rendered scenes, three seeds, against two controls.
 
-    python bench/learning.py [--steps N] [--seeds 0 1 2] [--jobs 2] [--out FILE.jsonl]
+    python bench/learning.py [--steps N] [--seeds 0 1 2] [--controls 1] [--jobs 2] [--out FILE.jsonl]
 
 - rl:        `train.py --task det` as it is, once per seed;
-- shuffled:  the same with advantages shuffled within each group: rewards and lengths are unchanged, the signal is gone;
+- shuffled:  the same with advantages shuffled within each group: the numbers are the same, the signal is gone;
 - sft:       `sft.py` on the same stream of scenes from the same checkpoint for the wall time the RL runs took.
 
 Each line: AP (every box scored 1.0) on 1,000 held-out scenes before and after, and the seconds of its steps. The last
@@ -65,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, help="RL steps (default: those of train.py)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--controls", type=int, default=1, help="seeds of the shuffled control")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", default="learning.jsonl", help="one JSON object a run")
     options = parser.parse_args()
@@ -80,7 +81,7 @@ def main() -> None:
         return result
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        kinds = [("rl", seed) for seed in options.seeds] + [("shuffled", seed) for seed in options.seeds]
+        kinds = [("rl", seed) for seed in options.seeds] + [("shuffled", s) for s in options.seeds[: options.controls]]
         futures = {job: pool.submit(lambda job=job: finish(run(*job, folder, flags))) for job in kinds}
         rl = [futures["rl", seed].result() for seed in options.seeds]
         probe = run("sft", 999, folder, ["--steps", "20", "--eval-samples", "10", *SFT_FLAGS])
@@ -89,6 +90,8 @@ def main() -> None:
         pool.submit(lambda: finish(run("sft", 0, folder, ["--steps", str(steps), *SFT_FLAGS]))).result()
     for kind in ("rl", "shuffled"):
         gains = [100 * (r["after"] - r["before"]) for r in results if r["run"] == kind]
+        if not gains:
+            continue
         mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
         print(f"{kind}: mean gain {mean:.2f} AP points, standard error {error:.2f}"
               + (f", ratio {mean / error:.1f}" if error else ""))  # fmt: skip

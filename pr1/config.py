@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -158,21 +159,27 @@ def value_type(field: dataclasses.Field):
     return kind, False
 
 
+class Parser(argparse.ArgumentParser):
+    """Underscores in the name of a flag are hyphens."""
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        names = [arg.partition("=")[0] if arg.startswith("--") else "" for arg in args]
+        return super().parse_args([n.replace("_", "-") + a[len(n) :] for n, a in zip(names, args)], namespace)
+
+
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(prog, description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--config", metavar="FILE.yaml", help="flags as YAML keys; flags given win over it")
     groups = {}
     for field in dataclasses.fields(Config):
         kind, _ = value_type(field)
         section = field.metadata["section"]
         group = groups.setdefault(section, parser.add_argument_group(section))
-        names = ["--" + field.name.replace("_", "-")]
-        if "_" in field.name:
-            names.append("--" + field.name)
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         shown = "" if field.default in (None, "") or kind is bool else f" (default {field.default})"
-        group.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, help=field.metadata["help"] + shown,
+        group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS, help=field.metadata["help"] + shown,
                            choices=field.metadata["choices"], **how)  # fmt: skip
     return parser
 

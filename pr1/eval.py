@@ -32,7 +32,7 @@ def answer_and_score(cfg: Config, predictions: str | None, world) -> dict:
     policy = build_policy(cfg, family, world)
     metrics, lines = evaluate(policy, task, records, cfg, world)
     if predictions and world.main:
-        write_predictions(predictions, lines, records[0].categories)
+        write_predictions(predictions, lines, records.category_ids)
         say(f"predictions: {predictions}")
     return metrics
 

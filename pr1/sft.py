@@ -57,7 +57,7 @@ def sft(run: Session) -> None:
                     logp, _ = linear_token_logprobs(policy.hidden(p), weight, p.rows.tokens)
                     loss = -(p.rows.weight * logp).sum()
                     loss.backward()
-                total += float(loss)  # sync
+                total += float(loss.detach())  # sync
             optimizer.sum_gradients(world)
             grad_norm = optimizer.clip()
             lr = optimizer.step(step)

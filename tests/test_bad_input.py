@@ -55,7 +55,7 @@ def write(tmp_path, data) -> Path:
     return file
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------------------------
 
 
 def test_missing_annotations(refused, tmp_path):
@@ -137,7 +137,7 @@ def test_dropped_boxes_are_counted_and_told(model, tmp_path, capsys, monkeypatch
     assert "dropped 2 boxes without area and 1 outside their image, clipped 1" in out and "WARNING" not in out
 
 
-# ---- model ------------------------------------------------------------------------------------------------------------
+# ---- model ---------------------------------------------------------------------------------------------------------
 
 
 def test_missing_model_folder(refused, tmp_path):
@@ -166,7 +166,7 @@ def test_model_without_usable_weights(damage, refused, tmp_path):
     refused(model=folder, says=[folder, "weights"])
 
 
-# ---- flags ------------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -203,7 +203,7 @@ def test_misspelt_flag(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# ---- run folders ------------------------------------------------------------------------------------------------------
+# ---- run folders ---------------------------------------------------------------------------------------------------
 
 
 def test_run_folder_in_use(refused, tmp_path):
@@ -246,7 +246,7 @@ def test_resume_from_a_damaged_checkpoint(refused, model, tmp_path, capsys):
     refused("--resume", says=["trainer_state.pt", "delete the checkpoint"], folder_is_left=True)
 
 
-# ---- a real process ---------------------------------------------------------------------------------------------------
+# ---- a real process ------------------------------------------------------------------------------------------------
 
 
 def test_as_the_user_sees_it(tmp_path):

@@ -22,7 +22,7 @@ from pr1.tasks import TASKS
 FLAGS = """
     task recipe run-dir steps seed resume deterministic
     model max-pixels min-pixels max-prompt-tokens train-vision feature-cache-mb
-    data images eval-data eval-images eval-samples difficulty
+    data images eval-data eval-images eval-samples difficulty duplicates
     group-size prompts-per-step temperature top-p top-k min-new-tokens max-new-tokens max-refill rollout-batch
     clip-low clip-high kl-coef kl entropy-coef rollout-cap aggregation advantage-scale updates-per-batch
     lr vision-lr beta1 beta2 weight-decay grad-clip warmup-steps schedule pack-tokens sft-batch
@@ -35,7 +35,7 @@ def parse(*argv) -> Config:
     return parse_config(["--task", "det", *map(str, argv)], "train.py", "")
 
 
-# ---- names ------------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_flags_are_these():
@@ -43,8 +43,7 @@ def test_the_flags_are_these():
     switches = {f.name.replace("_", "-") for f in dataclasses.fields(Config) if isinstance(f.default, bool)}
     wanted = {"-h", "--help", "--config"}
     for flag in FLAGS:
-        for name in {flag, flag.replace("-", "_")}:
-            wanted |= {f"--{name}"} | ({f"--no-{name}"} if flag in switches else set())
+        wanted |= {f"--{flag}"} | ({f"--no-{flag}"} if flag in switches else set())
     assert options == wanted
     assert {flag.replace("-", "_") for flag in FLAGS} == FIELDS
 
@@ -68,10 +67,12 @@ def test_hyphens_and_underscores():
         "--group_size", 4, "--kl-coef", 0.5, "--no-tensorboard"
     )
     assert parse("--train_vision").train_vision and not parse("--no_tensorboard").tensorboard
+    assert not parse("--no_train_vision").train_vision and parse("--run_dir=a_b=c_d").run_dir == "a_b=c_d"
+    assert parse("--run-dir", "a_b").run_dir == "a_b"
     assert parse("--clip-high", "inf").clip_high == math.inf
 
 
-# ---- precedence -------------------------------------------------------------------------------------------------------
+# ---- precedence ----------------------------------------------------------------------------------------------------
 
 
 def yaml(tmp_path, text: str):
@@ -81,9 +82,7 @@ def yaml(tmp_path, text: str):
 
 
 def test_defaults_recipe_file_flags_in_this_order(tmp_path):
-    file = yaml(
-        tmp_path, "recipe: paper\nmodel: some/model\nkl-coef: 0.2\nlr: 3e-6\nprompts_per_step: 5\n"
-    )
+    file = yaml(tmp_path, "recipe: paper\nmodel: some/model\nkl-coef: 0.2\nlr: 3e-6\nprompts_per_step: 5\n")
     cfg = parse("--config", file, "--prompts-per-step", 6)
     assert cfg.group_size == 8  # default
     assert cfg.aggregation == "sequence-mean" and cfg.train_vision  # recipe over default
@@ -125,7 +124,7 @@ def test_missing_yaml_and_missing_task(tmp_path, capsys):
     assert config_from({"task": "det", "model": "m"}).recipe == "default"
 
 
-# ---- recipes ----------------------------------------------------------------------------------------------------------
+# ---- recipes -------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_with_a_model():
@@ -162,7 +161,7 @@ def test_recipes_and_resumable_fields_name_fields():
     assert all(set(values) <= FIELDS for values in RECIPES.values()) and RESUMABLE <= FIELDS
 
 
-# ---- values -----------------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argv, flag", [
@@ -185,7 +184,7 @@ def test_senseless_values_name_their_flag(argv, flag):
         parse(*argv)
 
 
-# ---- every field is read ----------------------------------------------------------------------------------------------
+# ---- every field is read -------------------------------------------------------------------------------------------
 
 OWN_TEST = {"recipe"}  # spent when the configuration is made: the tests of recipes above
 

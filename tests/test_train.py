@@ -55,7 +55,7 @@ def whole(request, models, tmp_path_factory):
     return SimpleNamespace(model=models[request.param], folder=folder, session=session, spy=spy)
 
 
-# ---- a run leaves what it promises ------------------------------------------------------------------------------------
+# ---- a run leaves what it promises ---------------------------------------------------------------------------------
 
 
 def test_metrics_hold_exactly_the_documented_keys(whole):
@@ -138,7 +138,7 @@ def test_report_and_tensorboard_are_there(whole):
     assert any((whole.folder / "tensorboard").iterdir())
 
 
-# ---- the loss and the gradient are those of the formula ---------------------------------------------------------------
+# ---- the loss and the gradient are those of the formula ------------------------------------------------------------
 
 
 def plain_model(folder, weights=None):
@@ -253,7 +253,9 @@ def test_second_update_of_a_batch(models, tmp_path):
     assert norm > 0.5
 
 
-@pytest.mark.parametrize("extra, moves", [("", False), ("--train-vision", True), ("--train-vision --vision-lr 0", False)])
+@pytest.mark.parametrize(
+    "extra, moves", [("", False), ("--train-vision", True), ("--train-vision --vision-lr 0", False)]
+)
 def test_tower_moves_only_when_told(extra, moves, models, tmp_path):
     flags = [*SHORT, "--model", models["qwen2_5_vl"], "--run-dir", tmp_path / "run", "--steps", 2, *extra.split()]
     session, _ = train_here(flags)
@@ -277,7 +279,7 @@ def test_a_broken_gradient_stops_before_the_weights(models, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-# ---- drawing again for flat groups ------------------------------------------------------------------------------------
+# ---- drawing again for flat groups ---------------------------------------------------------------------------------
 
 
 class LiveAt(RiggedDet):

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,9 @@ class CocoDataset(Sequence):
         return len(self.records)
 
     def __getitem__(self, index):
+        """A record; of a slice the data set of those records."""
+        if isinstance(index, slice):
+            return replace(self, records=self.records[index])
         return self.records[index]
 
 

@@ -263,6 +263,7 @@ class SceneDataset(Sequence):
     """
 
     categories = LABELS
+    category_ids = {name: i for i, name in enumerate(LABELS, 1)}
 
     def __init__(self, split: str, size: int, options: SceneOptions | None = None, seed: int = 0):
         if split not in SPLITS:

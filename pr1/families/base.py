@@ -103,8 +103,8 @@ class Family:
     # ---- the model ------------------------------------------------------------------------------------------------
 
     def check_weights(self) -> None:
-        """ValueError when weight files of a model folder are missing or cut, which their headers tell. The files of a hub
-        name are downloaded when the model is loaded; weights in another format than safetensors are not looked at."""
+        """ValueError when weight files of a model folder are missing or cut, which their headers tell. The files of a
+        hub name come when the model is loaded; weights in another format than safetensors are not looked at."""
         folder = Path(self.source)
         if not folder.is_dir() or (any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))):
             return
@@ -114,8 +114,9 @@ class Family:
                 with safe_open(folder / name, "pt"):
                     pass
             except (OSError, SafetensorError) as error:
-                remedy = "copy or download the model again, whole"
-                raise ValueError(f"model {self.source}: the weights {name} cannot be read ({error}); {remedy}") from None
+                raise ValueError(
+                    f"model {self.source}: the weights {name} cannot be read ({error}); copy or download them again"
+                ) from None
 
     def load_model(self, dtype: torch.dtype):
         """The transformers model with its weights in `dtype`, on the CPU."""
