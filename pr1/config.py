@@ -25,8 +25,12 @@ def option(default, section: str, help: str, choices: tuple | None = None):
 class Config:
     # run
     task: str = option("", "run", "what to learn: det")
-    recipe: str = option("default", "run", "default or paper (Perception-R1's); without --model the embedded recipe",
-                         ("default", "paper", "embedded"))
+    recipe: str = option(
+        "default",
+        "run",
+        "default or paper (Perception-R1's); without --model the embedded recipe",
+        ("default", "paper", "embedded"),
+    )
     run_dir: str | None = option(None, "run", "folder of the run (default runs/TASK-TIME)")
     steps: int = option(500, "run", "optimizer steps (with several updates per batch: rollout batches)")
     seed: int = option(0, "run", "seed of prompt order and of every sampled token")
@@ -65,10 +69,15 @@ class Config:
     kl: str = option("k3", "objective", "KL estimator", ("k3", "k2"))
     entropy_coef: float = option(0.0, "objective", "weight of the entropy bonus")
     rollout_cap: float = option(2.0, "objective", "cap of the sampler-to-trainer importance weight")
-    aggregation: str = option("token-mean", "objective", "how token losses are averaged over the step",
-                              ("token-mean", "sequence-mean", "constant"))
-    advantage_scale: str = option("group", "objective", "divide advantages by the group's std, or not (Dr.GRPO)",
-                                  ("group", "none"))
+    aggregation: str = option(
+        "token-mean",
+        "objective",
+        "how token losses are averaged over the step",
+        ("token-mean", "sequence-mean", "constant"),
+    )
+    advantage_scale: str = option(
+        "group", "objective", "divide advantages by the group's std, or not (Dr.GRPO)", ("group", "none")
+    )
     updates_per_batch: int = option(1, "objective", "optimizer steps on each batch of rollouts")
     # optimizer
     lr: float = option(1e-6, "optimizer", "peak learning rate of AdamW")
@@ -146,7 +155,9 @@ def check(cfg: Config) -> None:
     need(cfg.vision_lr is None or cfg.vision_lr >= 0, "vision_lr", "must not be negative")
     need(cfg.images is None or cfg.data is not None, "images", "needs --data")
     need(cfg.eval_images is None or cfg.eval_data is not None, "eval_images", "needs --eval-data")
-    need(cfg.eval_data is None or cfg.data is not None, "eval_data", "needs --data (scenes have their own held-out set)")
+    need(
+        cfg.eval_data is None or cfg.data is not None, "eval_data", "needs --data (scenes have their own held-out set)"
+    )
     need(not cfg.resume or cfg.run_dir is not None, "resume", "needs --run-dir, the run to continue")
     need(cfg.recipe != "embedded" or cfg.model is None, "recipe", "embedded is for the tiny policy, not for --model")
 

@@ -58,7 +58,9 @@ def show(metrics: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser("eval.py", __doc__)
-    parser.add_argument("--predictions", metavar="FILE", help="JSONL of predictions: written with --model, read without")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="JSONL of predictions: written with --model, read without"
+    )
     flags = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     predictions = flags.pop("predictions")
     world = None

@@ -69,16 +69,16 @@ class Policy:
     def _frozen_features(self, image: ImageInput) -> tuple[torch.Tensor, ...]:
         features = self.cache.get(image.key)
         if features is None:
-            (features,) = self.family.image_features(self.model, [image])  # alone: the same whoever else is in the batch
+            (features,) = self.family.image_features(
+                self.model, [image]
+            )  # alone: the same whoever else is in the batch
             self.cache.put(image.key, features)
         return features
 
     def run(self, ids, position_ids, features, attend) -> torch.Tensor:
         """ids (T,), position_ids (3, T) -> last hidden states (T, H) after the final norm."""
         embeds = self.family.embed(self.model, ids, features)
-        out = self.text(
-            inputs_embeds=embeds[None], position_ids=position_ids[:, None], use_cache=False, attend=attend
-        )
+        out = self.text(inputs_embeds=embeds[None], position_ids=position_ids[:, None], use_cache=False, attend=attend)
         return out.last_hidden_state[0]
 
     def hidden(self, pack: Pack) -> torch.Tensor:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 from pr1.assemble import (
-    build_policy, build_reference, check_prompts, load_eval_data, load_model_family, load_train_data,
+    build_policy,
+    build_reference,
+    check_prompts,
+    load_eval_data,
+    load_model_family,
+    load_train_data,
 )  # fmt: skip
 from pr1.checkpoint import (
-    load_trainer_state, newest_checkpoint, remove_stale, save_checkpoint, save_trainer_state,
+    load_trainer_state,
+    newest_checkpoint,
+    remove_stale,
+    save_checkpoint,
+    save_trainer_state,
 )  # fmt: skip
 from pr1.config import RESUMABLE, Config, parse_config
 from pr1.optim import Optimizer
@@ -34,6 +44,7 @@ class Session:
         self.cfg, self.world = cfg, world
         say = print if world.main else (lambda *_: None)
         if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
             torch.use_deterministic_algorithms(True)
         self.task = TASKS[cfg.task]
         self.family = load_model_family(cfg, say)

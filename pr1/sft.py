@@ -1,6 +1,6 @@
 """Supervised warm start on the same samples, prompts and packs as train.py: mean negative log-likelihood per token.
 
-    torchrun pr1/sft.py --task det --steps 500 --lr 1e-3
+torchrun pr1/sft.py --task det --steps 500 --lr 1e-3
 """
 
 from __future__ import annotations

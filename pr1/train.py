@@ -60,7 +60,9 @@ def train(run: Session) -> None:
                 check_finite(step, grad_norm)
                 lr = optimizer.step(step)
                 updates.append((stats, grad_norm))
-        run.log(step, {**rollout_metrics(batch, world), **loss_metrics(updates, world), "lr": lr, **clock.metrics(tokens)})
+        run.log(
+            step, {**rollout_metrics(batch, world), **loss_metrics(updates, world), "lr": lr, **clock.metrics(tokens)}
+        )
         if run.save_due(step + 1):
             run.save(step + 1)
     run.close()

@@ -168,7 +168,9 @@ def test_group_sizes(family, group):
     lengths = [[1 + (3 * g) % 7 for g in range(group)]]
     rollouts = make_rollouts(family, prompts, lengths, seed=3)
     small = (prompts, rollouts, np.linspace(-1, 1, group)[None] + 0.1)
-    same(ours(make_policy(family), packs_of(small)), plain(plain_model(family), small, lambda n: 1 / count(rollouts)[0]))
+    same(
+        ours(make_policy(family), packs_of(small)), plain(plain_model(family), small, lambda n: 1 / count(rollouts)[0])
+    )
 
 
 def test_masked_tokens_and_flat_groups_leave_the_update_but_not_the_normaliser(family, case):

@@ -43,7 +43,11 @@ class CocoDataset(Sequence):
 
 
 def load_coco(
-    annotation_file: str | Path, images_dir: str | Path | None, *, verify: bool = True, log: Callable[[str], None] = print
+    annotation_file: str | Path,
+    images_dir: str | Path | None,
+    *,
+    verify: bool = True,
+    log: Callable[[str], None] = print,
 ) -> CocoDataset:
     """Reads and checks a COCO detection set.
 
