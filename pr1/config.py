@@ -190,8 +190,8 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
         group = groups.setdefault(section, parser.add_argument_group(section))
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         shown = "" if field.default in (None, "") or kind is bool else f" (default {field.default})"
-        group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS, help=field.metadata["help"] + shown,
-                           choices=field.metadata["choices"], **how)  # fmt: skip
+        group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
+                           help=field.metadata["help"] + shown, choices=field.metadata["choices"], **how)  # fmt: skip
     return parser
 
 

@@ -84,7 +84,7 @@ class Spy:
         """Everything as plain values and tensors, rollouts as {prompt, completion, ids, text}."""
         batches = [
             {"rollouts": [{"prompt": r.prompt, "completion": r.completion, "ids": r.completion_ids.tolist(),
-                           "text": r.text, "logp": r.logp_rollout} for r in batch.rollouts],
+                           "text": r.text, "logp": r.logp_rollout, "log_kept": r.log_kept} for r in batch.rollouts],
              "samples": [s.id for s in batch.samples], "rewards": batch.rewards.tolist(), "drawn": batch.drawn,
              "flat": batch.flat}
             for batch in self.batches
@@ -236,7 +236,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def torchrun(argv: list[str], cwd: Path, ranks: int = 2, timeout: float = 240.0) -> subprocess.CompletedProcess:
+def torchrun(argv: list[str], cwd: Path, ranks: int = 2, timeout: float = 400.0) -> subprocess.CompletedProcess:
     """A real launch of tests/rigged_run.py by torch.distributed.run on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.run([*command, str(LAUNCHER), *map(str, argv)], cwd=cwd, env=environment(), timeout=timeout,

@@ -63,7 +63,8 @@ def test_records(good):
     assert first.target.areas.tolist() == [300.5, 30.0]
     assert second.target.ignore.tolist() == [True, False] and second.target.areas.tolist() == [100, 100]
     assert third.target.boxes.shape == (0, 4) and third.target.labels == () and third.target.ignore.shape == (0,)
-    assert loaded[1:] == (second, third) and loaded[-1] is third
+    assert loaded[1:].records == (second, third) and loaded[1:].category_ids == loaded.category_ids
+    assert loaded[-1] is third
     assert lines == [f"{good[1].parent / 'instances.json'}: 3 images (1 without objects), 4 boxes (1 crowd regions), "
                      "2 categories"]  # fmt: skip
 

@@ -18,6 +18,7 @@ from runs import read_lines
 from tiny_models import make_tiny
 
 import pr1.eval
+from pr1.data.scenes import LABELS
 from pr1.families import load_family
 from pr1.predict import item_score, prediction
 from pr1.records import BoxTarget, Rollout, Sample
@@ -86,7 +87,7 @@ class Talker:
             for label, box in zip(target.labels, frame.to_text(target.boxes), strict=True)
         ]
         items = [(name, [x1, y1, max(x1 + 1, x2 - 5 * i), y2]) for i, (name, (x1, y1, x2, y2)) in enumerate(items)]
-        text = family.format_boxes([*items, ("circle", [0, 0, 30, 30]), ("no such class", [1, 1, 5, 5])])
+        text = family.format_boxes([*items, (LABELS[0], [0, 0, 30, 30]), ("no such class", [1, 1, 5, 5])])
         ids = torch.tensor([*family.tokenizer.encode(text, add_special_tokens=False), family.stop_ids[0]])
         seed = torch.Generator().manual_seed(int(rollout.completion_ids.sum()))
         n = len(ids)
