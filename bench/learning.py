@@ -17,11 +17,12 @@ sys.path[:] = [p for p in sys.path if not p.rstrip("/").endswith("/bench")]  # b
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 SHUFFLED = """
 import sys, numpy as np, pr1.train as t
@@ -48,8 +49,8 @@ def run(kind: str, seed: int, folder: Path, flags: list[str]) -> dict:
     rewards = [line["reward"] for line in steps if "reward" in line]
     return {
         "run": kind, "seed": seed, "steps": len(steps), "before": lines[0]["eval/ap"], "after": lines[-1]["eval/ap"],
-        "reward_first": statistics.mean(rewards[:20]) if rewards else None,
-        "reward_last": statistics.mean(rewards[-20:]) if rewards else None,
+        "reward_first": float(np.mean(rewards[:20])) if rewards else None,
+        "reward_last": float(np.mean(rewards[-20:])) if rewards else None,
         "seconds": round(sum(line["seconds"] for line in steps), 1),
         "environment": json.loads((where / "config.json").read_text())["environment"],
     }  # fmt: skip
@@ -85,14 +86,14 @@ def main() -> None:
         futures = {job: pool.submit(lambda job=job: finish(run(*job, folder, flags))) for job in kinds}
         rl = [futures["rl", seed].result() for seed in options.seeds]
         probe = run("sft", 999, folder, ["--steps", "20", "--eval-samples", "10", *SFT_FLAGS])
-        budget = statistics.mean(r["seconds"] for r in rl)
+        budget = np.mean(r["seconds"] for r in rl)
         steps = round(budget / (probe["seconds"] / probe["steps"]))
         pool.submit(lambda: finish(run("sft", 0, folder, ["--steps", str(steps), *SFT_FLAGS]))).result()
     for kind in ("rl", "shuffled"):
         gains = [100 * (r["after"] - r["before"]) for r in results if r["run"] == kind]
         if not gains:
             continue
-        mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        mean, error = np.mean(gains), np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
         print(f"{kind}: mean gain {mean:.2f} AP points, standard error {error:.2f}"
               + (f", ratio {mean / error:.1f}" if error else ""))  # fmt: skip
 
