@@ -236,3 +236,22 @@ def test_difficulty():
 def test_wrong_options_are_named(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+def test_second_annotations():
+    """Six objects of ten are marked twice, the second box off by at most a tenth of a side and inside; pixels stay."""
+    clean, twice = SceneDataset("train", 400, SceneOptions()), SceneDataset("train", 400, SceneOptions(duplicates=0.6))
+    once = second = 0
+    for i in range(400):
+        a, b = clean[i], twice[i]
+        n, extra = len(a.target.labels), b.target.boxes[len(a.target.labels) :]
+        assert (b.target.boxes[:n] == a.target.boxes).all() and len(b.target.ignore) == len(b.target.labels)
+        once, second = once + n, second + len(extra)
+        for box, label in zip(extra, b.target.labels[n:], strict=True):
+            near = [
+                (np.abs(box - full) <= 0.1 * np.tile(full[2:] - full[:2], 2) + 0.5).all() and name == label
+                for full, name in zip(a.target.boxes, a.target.labels, strict=True)
+            ]
+            assert any(near) and (box >= 0).all() and (box <= [b.width, b.height] * 2).all()
+    assert second / once == pytest.approx(0.6, abs=0.05)
+    assert clean[3].load().tobytes() == twice[3].load().tobytes()

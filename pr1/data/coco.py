@@ -84,8 +84,11 @@ def load_coco(
     return CocoDataset(tuple(records), categories, {name: i for i, name in names.items()}, dict(counts))
 
 
-def load_image(path: str | Path, size: tuple[int, int]) -> Image.Image:
-    """The stored pixels as RGB. Raises ValueError if the file is broken or not of `size` (width, height)."""
+def load_image(path: str | Path | None, size: tuple[int, int]) -> Image.Image:
+    """The stored pixels as RGB. Raises ValueError if the file is broken or not of `size` (width, height), or if there is
+    none because the annotations were read alone."""
+    if path is None:
+        raise ValueError("these annotations were read without their images; give their folder (--images)")
     problem = _header_problem(path, size)
     if problem:
         raise ValueError(f"{path}: {problem}")
