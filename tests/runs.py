@@ -172,8 +172,9 @@ class Job:
         """Exit status of every rank, -9 for a kill -9, None for one still running after `timeout` seconds."""
         return self.server.ask(do="wait", pids=self.pids, timeout=timeout)
 
-    def kill(self) -> None:
-        for pid in self.pids:
+    def kill(self, *ranks: int) -> None:
+        """kill -9 of these ranks, or of all."""
+        for pid in [self.pids[rank] for rank in ranks] or self.pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -239,8 +240,15 @@ def free_port() -> int:
 def torchrun(argv: list[str], cwd: Path, ranks: int = 2, timeout: float = 400.0) -> subprocess.CompletedProcess:
     """A real launch of tests/rigged_run.py by torch.distributed.run on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.run([*command, str(LAUNCHER), *map(str, argv)], cwd=cwd, env=environment(), timeout=timeout,
-                          capture_output=True, text=True)  # fmt: skip
+    process = subprocess.Popen([*command, str(LAUNCHER), *map(str, argv)], cwd=cwd, env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher ends its workers then; a kill would leave them behind
+        out, err = process.communicate(timeout=60)
+        raise AssertionError(f"no end within {timeout} s\n{err[-3000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def train_here(argv: list, task=None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from pathlib import Path
@@ -165,20 +164,20 @@ def test_killed_at_any_time_again_and_again(lab, tmp_path):
     """One run, killed from outside whenever it has done one or two steps more, and once in its first second."""
     whole, _ = lab.uninterrupted()
     draw, run, kills = random.Random(7), tmp_path / "run", 0
-    while kills < 5:
+    while kills < 4:
         resume = ["--resume"] if (run / "config.json").exists() else []
         job, before, begun = lab.start(run, "--save-every", 1, *resume), steps_done(run), time.monotonic()
         if kills == 0:
-            time.sleep(draw.uniform(0.1, 0.6))
+            time.sleep(draw.uniform(0.05, 0.3))
         else:
             while steps_done(run) <= before and time.monotonic() - begun < 30:
                 time.sleep(0.002)
-            time.sleep(draw.uniform(0, 0.15))
+            time.sleep(draw.uniform(0, 0.05))
         job.kill()
         if job.wait() == [0]:
             break  # it was done already
         kills += 1
-    assert kills >= 3
+    assert kills >= 2
     resume = ["--resume"] if (run / "config.json").exists() else []
     lab.start(run, "--save-every", 1, *resume).finish()
     check_equal(run, whole)
@@ -204,7 +203,7 @@ def test_killed_with_two_processes(lab, tmp_path):
     job = lab.start(run, "--save-every", 1, ranks=2)
     while steps_done(run) < 3 and job.wait(0.002) == [None, None]:
         pass
-    os.kill(job.pids[1], 9)
+    job.kill(1)
     time.sleep(draw.uniform(0, 0.1))
     job.kill()
     job.wait()
