@@ -1,6 +1,6 @@
 """Does the reward teach? RL from one frozen warm start on rendered scenes, three seeds, against two controls.
 
-    python bench/learning.py [--steps N] [--seeds 0 1 2] [--controls 1] [--jobs 2] [--out FILE.jsonl]
+    python bench/learning.py [--steps N] [--seeds 0 1 2] [--controls 3] [--jobs 2] [--out FILE.jsonl]
 
 - rl:        `train.py --task det` as it is, once per seed;
 - shuffled:  the same with advantages shuffled within each group: the numbers are the same, the signal is gone;
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, help="RL steps (default: those of train.py)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--controls", type=int, default=1, help="seeds of the shuffled control")
+    parser.add_argument("--controls", type=int, default=3, help="seeds of the shuffled control")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", default="learning.jsonl", help="one JSON object a run")
     options = parser.parse_args()

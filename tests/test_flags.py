@@ -56,7 +56,7 @@ def test_the_flags_are_these():
 def test_what_is_not_understood_is_fatal(argv, capsys):
     for program in (pr1.train.main, pr1.sft.main, pr1.eval.main):
         with pytest.raises(SystemExit) as stop:
-            program(["--task", "det", *argv])
+            program(["--task", "det", "--config", "/no/such/file.yaml", *argv])  # nothing starts if it is understood
         assert stop.value.code == 2
         told = capsys.readouterr().err.splitlines()[-1]
         assert any(word in told for word in argv)

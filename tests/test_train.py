@@ -257,7 +257,8 @@ def test_second_update_of_a_batch(models, tmp_path):
     "extra, moves", [("", False), ("--train-vision", True), ("--train-vision --vision-lr 0", False)]
 )
 def test_tower_moves_only_when_told(extra, moves, models, tmp_path):
-    flags = [*SHORT, "--model", models["qwen2_5_vl"], "--run-dir", tmp_path / "run", "--steps", 2, *extra.split()]
+    flags = [*SHORT, "--model", models["qwen2_5_vl"], "--run-dir", tmp_path / "run", "--steps", 2, "--weight-decay", 0.1,
+             *extra.split()]  # fmt: skip
     session, _ = train_here(flags)
     before = AutoModelForImageTextToText.from_pretrained(session.cfg.model, dtype=torch.float32).state_dict()
     same = [torch.equal(v, before[n]) for n, v in session.policy.model.state_dict().items() if ".visual." in n]
