@@ -50,8 +50,8 @@ def groups_of(dumps: list[dict], step: int = 0) -> dict:
     return found
 
 
-def compare(one: list[dict], two: list[dict], folder) -> None:
-    """One process's dump and lines against those of two."""
+def compare(one: list[dict], two: list[dict], folder, rtol: float = 1e-5) -> None:
+    """One process's dump and lines against those of two. rtol: of the metrics."""
     a, b = groups_of(one), groups_of(two)
     assert a.keys() == b.keys()
     for prompt, (sample, rewards, rollouts) in a.items():
@@ -62,8 +62,8 @@ def compare(one: list[dict], two: list[dict], folder) -> None:
             )
             assert torch.allclose(ours["logp"], theirs["logp"], atol=1e-5)
     losses = [sum(sum(dump["losses"]) for dump in dumps) for dumps in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
-    (truth,), whole = one[0]["grads"], 0.0
+    assert losses[0] == pytest.approx(losses[1], rel=10 * rtol, abs=1e-6)
+    truth = one[0]["grads"][0]
     whole = math.sqrt(sum(float(g.double().square().sum()) for g in truth.values()))
     assert whole > 1e-3
     for dump in two:  # the sum over ranks, on each of them
@@ -79,7 +79,7 @@ def compare(one: list[dict], two: list[dict], folder) -> None:
             elif key.startswith("logp_gap"):
                 assert 0 < theirs[key] < 1e-4
             else:
-                assert theirs[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+                assert theirs[key] == pytest.approx(value, rel=rtol, abs=1e-7), key
 
 
 CASES = {  # flags; flat places; groups of each rank
@@ -87,6 +87,8 @@ CASES = {  # flags; flat places; groups of each rank
     "a rank without prompts": ("--prompts-per-step 1 --kl-coef 0.1 --train-vision", (), [0, 1]),
     "a rank without packs": ("--prompts-per-step 4", (0, 1), [2, 2]),
     "refill": ("--prompts-per-step 3 --max-refill 3 --aggregation sequence-mean --group-size 2", (0, 2, 3), [0, 3]),
+    # behind the first update weights differ by Adam's share of the rounding, but kl is no longer 0
+    "two updates": ("--prompts-per-step 3 --updates-per-batch 2 --kl-coef 0.01 --lr 1e-3", (), [1, 2]),
     "several packs": ("--prompts-per-step 3 --pack-tokens 90 --entropy-coef 0.01", (), [1, 2]),
 }  # fmt: skip
 
@@ -98,7 +100,7 @@ def test_one_rank_and_two(case, model, tmp_path):
     for job in jobs:
         job.finish()  # a hang ends after three minutes
     one, two = load(tmp_path / "dump1", 1), load(tmp_path / "dump2", 2)
-    compare(one, two, tmp_path)
+    compare(one, two, tmp_path, 1e-2 if case == "two updates" else 1e-5)
     assert [len(dump["batches"][0]["samples"]) for dump in two] == shares
     packs = [len(dump["losses"]) for dump in two]
     if case == "a rank without prompts":

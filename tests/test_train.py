@@ -174,7 +174,7 @@ def plain_step(cfg, batch, model, start=None, reference=None):
         if reference is not None:
             d = plain_logp(reference, rollout, cfg.temperature)[0].detach() - logp
             row = row + cfg.kl_coef * (d.exp() - d - 1 if cfg.kl == "k3" else d.square() / 2)
-            k3 += float((d.exp() - d - 1).sum())
+            k3 += float((d.exp() - d - 1).detach().sum())
         n = len(rollout.completion_ids)
         normaliser = {"token-mean": tokens, "sequence-mean": len(batch.rollouts) * n,
                       "constant": len(batch.rollouts) * cfg.max_new_tokens}[cfg.aggregation]  # fmt: skip
