@@ -1,7 +1,7 @@
 # make train     set up, then train the embedded detection policy      make train ARGS="--steps 20"   make train NPROC=8
 # make test      set up, then run the tests                            make test ARGS="tests/test_matcher.py -k ties"
 # make build     set up only: .venv, pinned packages, pr1._C           make build PYTHON=/opt/python3.12/bin/python3.12
-# make warmstart  make pr1/assets/tiny-qwen2.5-vl anew, the policy `make train` begins with (about 40 minutes, two cores)
+# make warmstart  make pr1/assets/tiny-qwen2.5-vl anew, the policy `make train` begins with (over half an hour)
 # make lint      ruff check and format check
 # make clean     remove .venv and everything built
 #

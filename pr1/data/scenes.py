@@ -1,8 +1,7 @@
 """Rendered scenes with exact boxes: the data of `--task det` when none is given.
 
 A scene is a shaded ground with coloured shapes on it; the label is the colour, the shape is a distractor. The ground
-loses red from left to right and blue from top to bottom: every patch tells roughly where it is. A published model has
-learnt to know that from its pretraining; a tiny one that starts from nothing needs hours for it without the shading.
+loses red from left to right and blue from top to bottom, so that every patch tells roughly where it is.
 Every pixel follows from (seed, split, index) alone: the numbers are raw words of a counter-based generator, the shapes
 are integer arithmetic on the pixel grid, nothing is antialiased, no font and no drawing library is involved. So the
 same scene has the same bytes on every machine, and its boxes are the drawn pixels, not an estimate of them.
