@@ -29,6 +29,7 @@ GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, odd, as a signed 
 MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
 BLOCK = 64  # tokens per block of the two-level CDF
+NEAR = 10.0  # exp(-10) still leaves probabilities relative to the banned maximum their float32 digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +83,20 @@ def token_keys(seed: int, step: int, prompt, completion, position) -> torch.Tens
     int64 tensors that broadcast to (N,). Each field is mixed in by a bijection of 64-bit words: keys that differ in one
     field only never coincide.
     """
+    return position_keys(sequence_keys(seed, step, prompt, completion), position)
+
+
+def sequence_keys(seed: int, step: int, prompt, completion) -> torch.Tensor:
+    """(N,) int64 keys of N completions, from which `position_keys` makes those of their tokens."""
     key = torch.zeros((), dtype=torch.int64)  # a CPU scalar enters operations on any device without a copy
-    for field in (_signed(seed), _signed(step), prompt, completion, position):
+    for field in (_signed(seed), _signed(step), prompt, completion):
         key = _mix((key ^ field) + GAMMA)
     return key
+
+
+def position_keys(sequences: torch.Tensor, position) -> torch.Tensor:
+    """(N,) int64 of `sequence_keys`, positions (N,) int64 -> (N,) int64, the `token_keys` of these tokens."""
+    return _mix((sequences ^ position) + GAMMA)
 
 
 def uniform(keys: torch.Tensor) -> torch.Tensor:
@@ -100,9 +111,9 @@ def _filtered(x: torch.Tensor, sampling: Sampling, forbid_stop: torch.Tensor | N
     if sampling.banned is not None:  # adding a row of 0 and -inf is 8x faster than masked_fill on the CPU
         kept = kept + torch.zeros(v, dtype=x.dtype, device=x.device).masked_fill_(sampling.banned, -math.inf)
     if forbid_stop is not None and sampling.stop_ids:
-        stops = torch.tensor(sampling.stop_ids, device=x.device)
         kept = kept.clone() if kept is x else kept
-        kept[:, stops] = kept[:, stops].masked_fill_(forbid_stop[:, None], -math.inf)
+        for stop in sampling.stop_ids:  # a tensor of them would be a copy to the device
+            kept[:, stop].masked_fill_(forbid_stop, -math.inf)
     top_k = sampling.top_k if sampling.top_k < v else 0
     if sampling.temperature == 0 or (top_k == 0 and sampling.top_p == 1):
         return kept
@@ -136,16 +147,18 @@ def _invert_cdf(blocks: torch.Tensor, mass: torch.Tensor, u: torch.Tensor) -> to
     """
     cdf = mass.cumsum(-1)
     threshold = u[:, None] * cdf[:, -1:]
-    block = torch.searchsorted(cdf, threshold, right=True)
+    block = torch.searchsorted(cdf, threshold, right=True).clamp_max_(cdf.shape[1] - 1)  # beyond: broken logits
     width = mass.gather(1, block)
     # where u stands inside its block, in [0, 1); rounding of the two cdf values may leave it an ulp outside
     inside = ((threshold - cdf.gather(1, block) + width) / width).clamp(0, 1 - 2.0**-53)
     rows = torch.arange(len(u), device=u.device)
     cdf = blocks[rows, block[:, 0]].double().cumsum(-1)
-    return block * BLOCK + torch.searchsorted(cdf, inside * cdf[:, -1:], right=True)
+    return block * BLOCK + torch.searchsorted(cdf, inside * cdf[:, -1:], right=True).clamp_max_(BLOCK - 1)
 
 
 def _check_drawable(top: torch.Tensor, top_kept: torch.Tensor) -> None:
+    if top.is_cuda:  # would wait for the device at every token; such rows get NaN, see `sample_tokens`
+        return
     good = torch.isfinite(top) & torch.isfinite(top_kept)
     if bool(good.all()):  # sync
         return
@@ -176,14 +189,25 @@ def sample_tokens_ref(logits, keys, sampling: Sampling, *, forbid_stop=None):
         token = kept.argmax(-1, keepdim=True)
     else:
         if kept is not x:
-            blocks, block_mass = _block_sums(kept.sub_(top_kept).div_(temperature).exp_())
+            if not x.is_cuda and bool((top - top_kept <= NEAR * temperature).all()):  # spares the second exp
+                kept, top_kept = p.masked_fill_(kept == -math.inf, 0), top
+            else:
+                kept = kept.sub_(top_kept).div_(temperature).exp_()
+            blocks, block_mass = _block_sums(kept)
             # both masses are summed in the same order: with nothing left out they are the same number
             log_kept = ((block_mass.sum(-1, keepdim=True) / mass).log() + (top_kept - top) / temperature).clamp_max_(0)
-        token = _invert_cdf(blocks, block_mass, uniform(keys))
+        token = _invert_cdf(blocks, block_mass, uniform(keys)).clamp_max_(x.shape[1] - 1)
     logp = (x.gather(1, token) - top) / temperature - mass.log()
     if sampling.temperature == 0:
         log_kept = logp
     return token.squeeze(1), *(v.squeeze(1).to(x.dtype) for v in (logp, entropy, log_kept))
+
+
+def sample_tokens_triton(logits, keys, sampling: Sampling, *, forbid_stop=None):
+    """`sample_tokens` without top-p and top-k through the kernel, also on CPU tensors under Triton's interpreter."""
+    from . import sample_triton
+
+    return sample_triton.launch(logits, keys, sampling, forbid_stop)
 
 
 def sample_tokens(logits, keys, sampling: Sampling, *, forbid_stop=None):
@@ -191,8 +215,9 @@ def sample_tokens(logits, keys, sampling: Sampling, *, forbid_stop=None):
 
     logits (N, V) floating point; keys (N,) int64 from `token_keys`; forbid_stop (N,) bool, True for rows that have not
     reached sampling.min_new_tokens, or None for no row. Returns tokens (N,) int64 and logp, entropy, log_kept (N,) in
-    nats, float32 (float64 for float64 logits). Raises ValueError for wrong shapes or dtypes, for NaN or +inf logits,
-    and when a row has no token left to draw.
+    nats, float32 (float64 for float64 logits). Raises ValueError for wrong shapes or dtypes, and on the CPU for NaN or
+    +inf logits and when a row has no token left to draw; on a GPU, where looking would stall every token, such a row
+    gets NaN, for the caller to find when it reads results back.
     """
     check_matrix("logits", logits)
     n, v = logits.shape
@@ -204,4 +229,6 @@ def sample_tokens(logits, keys, sampling: Sampling, *, forbid_stop=None):
         raise ValueError(f"Sampling.stop_ids must be in [0, {v}), got {sampling.stop_ids}")
     if forbid_stop is not None and (forbid_stop.shape != (n,) or forbid_stop.dtype != torch.bool):
         raise ValueError(f"forbid_stop must be ({n},) bool, got {describe(forbid_stop)}")
-    return sample_tokens_ref(logits, keys, sampling, forbid_stop=forbid_stop)
+    plain = sampling.top_p == 1 and not 0 < sampling.top_k < v and logits.dtype != torch.float64
+    fn = sample_tokens_triton if logits.is_cuda and plain else sample_tokens_ref
+    return fn(logits, keys, sampling, forbid_stop=forbid_stop)

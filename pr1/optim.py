@@ -36,6 +36,7 @@ class Optimizer:
                 continue
             master = param if param.dtype == torch.float32 else param.detach().float().requires_grad_()
             if master is not param:
+                param.grad_dtype = None  # a float32 gradient (the head's) comes as it is, not rounded on its way
                 param.register_post_accumulate_grad_hook(lambda p, m=master: _accumulate(p, m))
             peak = cfg.vision_lr if id(param) in vision and cfg.vision_lr is not None else cfg.lr
             decay = cfg.weight_decay if param.ndim > 1 else 0.0

@@ -1,21 +1,25 @@
 """Log-probs and GRPO losses, from logits and from hidden states, against float64 formulas written row by row."""
 
 import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pr1.config import Config
 from pr1.kernels import (
     Objective,
     Rows,
     grpo_loss,
     linear_grpo_loss,
-    linear_grpo_loss_ref,
     linear_token_logprobs,
-    linear_token_logprobs_ref,
-    logprobs,
     token_logprobs,
 )
+from pr1.kernels.linear import Head
+from pr1.optim import Optimizer
 
 # (N, V, H): even, odd sizes, one row, one word
 SHAPES = [(16, 64, 32), (7, 130, 9), (1, 3, 2), (5, 1, 4)]
@@ -192,21 +196,22 @@ def test_tied_head():
     assert_grads_close([tied.grad], [embedding.grad + head.grad])
 
 
-def test_chunks_of_rows_change_nothing(monkeypatch):
+def test_chunks_of_rows_change_nothing():
     hidden, weight, tokens = (x.requires_grad_() if x.is_floating_point() else x for x in make(11, 20, 6))
     rows = make_rows(hidden @ weight.T, tokens, dtype=torch.float64)
-    whole = (
-        *linear_token_logprobs_ref(hidden, weight, tokens),
-        linear_grpo_loss_ref(hidden, weight, rows, Objective())[0],
-    )
-    truth = torch.autograd.grad(sum(x.sum() for x in whole), (hidden, weight))
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 20 * 4)  # 4 rows
-    parts = (
-        *linear_token_logprobs_ref(hidden, weight, tokens),
-        linear_grpo_loss_ref(hidden, weight, rows, Objective())[0],
-    )
-    assert_grads_close(parts, whole)
-    assert_grads_close(torch.autograd.grad(sum(x.sum() for x in parts), (hidden, weight)), truth)
+
+    def run(**memory):
+        outputs = (
+            *linear_token_logprobs(hidden, weight, tokens, **memory),
+            linear_grpo_loss(hidden, weight, rows, Objective(), **memory)[0],
+        )
+        return outputs, torch.autograd.grad(sum(x.sum() for x in outputs), (hidden, weight))
+
+    whole, truth = run()
+    for rows_a_chunk in (4, 1):
+        parts, grads = run(memory=20 * 8 * rows_a_chunk)
+        assert_grads_close(parts, whole)
+        assert_grads_close(grads, truth)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -228,10 +233,19 @@ def test_loss_and_its_gradients(n, v, h, objective, start):
 
 
 def test_loss_numerical_gradient():
-    hidden, weight, tokens = (x.requires_grad_() if x.is_floating_point() else x for x in make(6, 7, 3))
+    hidden, weight, tokens = make(6, 7, 3)
     objective = Objective(kl_coef=0.2, entropy_coef=0.3, temperature=0.9)
     rows = make_rows(hidden @ weight.T, tokens, 0.9, dtype=torch.float64)
-    torch.autograd.gradcheck(lambda x, w: linear_grpo_loss(x, w, rows, objective)[0], (hidden, weight))
+    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    linear_grpo_loss(x, w, rows, objective)[0].backward()
+    for leaf, at in ((x, hidden), (w, weight)):
+        for i in range(at.numel()):
+            values = []
+            for step in (1e-6, -1e-6):
+                at.view(-1)[i] += step
+                values.append(linear_grpo_loss(hidden, weight, rows, objective)[0].item())
+                at.view(-1)[i] -= step
+            assert leaf.grad.view(-1)[i].item() == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-8)
 
 
 def test_float32_loss_is_close_to_float64():
@@ -358,3 +372,91 @@ def test_bad_arguments_are_named():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+# Peak resident memory above what the process held before the call, MiB.
+PEAK = """
+import sys, torch
+from pr1 import kernels
+from pr1.kernels import Objective, Rows
+torch.set_num_threads(1)
+n, h, v = 2048, 64, 20000
+x, w = torch.randn(n, h).requires_grad_(), torch.randn(v, h).requires_grad_()
+tokens, one = torch.randint(v, (n,)), torch.ones(n)
+def call(x, w, n):
+    loss = getattr(kernels, sys.argv[1])(x, w, Rows(tokens[:n], one[:n], one[:n], -one[:n], tokens[:n]), Objective())[0]
+    loss.backward()
+tokens %= 500
+call(x.detach()[:64].requires_grad_(), w.detach()[:500].requires_grad_(), 64)  # libraries loaded, pools made
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew from what is resident now
+def resident(what):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1]) / 1024
+before = resident("VmRSS")
+call(x, w, n)
+print(resident("VmHWM") - before)
+"""
+
+
+def test_peak_memory_is_a_chunk_and_the_weight_gradient():
+    peak = {}
+    for name in ("linear_grpo_loss", "linear_grpo_loss_ref"):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", PEAK, name], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        peak[name] = float(done.stdout)
+    logits, chunk, gradients = 2048 * 20000 * 4 / 2**20, 16, (20000 + 2048) * 64 * 4 / 2**20  # MiB: 156, 16, 5.4
+    print(peak)
+    assert chunk < peak["linear_grpo_loss"] < chunk + gradients + 10  # tiles, row vectors, what the allocator keeps
+    assert peak["linear_grpo_loss_ref"] > 3 * logits
+
+
+def test_memory_at_full_size():
+    """N = 8192, H = 2048, V = 151,936 in bfloat16: two chunks of 4 GiB at most, and 1.2 GB of float32 weight gradient."""
+    hidden = torch.empty(8192, 2048, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(151_936, 2048, dtype=torch.bfloat16, device="meta")
+    head = Head(hidden, weight, want_hidden=True, want_weight=True, memory=2**32)
+    parts = head.parts(0, 8192)
+    assert [(s.start, s.stop) for s in parts] == [(0, 4096), (4096, 8192)]
+    assert 4096 * 151_936 * (4 + 2) < 2**32
+    dhidden, dweight = head.gradients()
+    assert dweight.dtype == torch.float32 and dweight.nbytes == 151_936 * 2048 * 4 and dhidden.dtype == torch.bfloat16
+
+
+# ---- float32 accumulation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_the_head_add_up_in_float32(tied):
+    """16 packs, bfloat16 parameters, gradients near 1e-9: the head's reach the optimizer's sum without a rounding to
+    bfloat16, and the sum is float32's, bit by bit, of gradients a float32 weight would get."""
+    g = generator(3)
+    model = torch.nn.Module()
+    model.visual = torch.nn.Linear(2, 2)
+    model.lm_head = torch.nn.Linear(16, 40, bias=False).bfloat16()
+    weight = model.lm_head.weight
+    optimizer = Optimizer(SimpleNamespace(model=model, visual=model.visual), Config(task="det"))
+    master = optimizer.masters[optimizer.names.index("lm_head.weight")]
+    single = torch.zeros(40, 16)
+    exact = torch.zeros(40, 16, dtype=torch.float64)
+    rounded = torch.zeros(40, 16, dtype=torch.float64)
+    for _ in range(16):
+        hidden = torch.randn(3, 16, generator=g).bfloat16()
+        tokens = torch.randint(40, (3,), generator=g)
+        one = torch.ones(3)
+        rows = Rows(tokens, torch.randn(3, generator=g), 3e-9 * one, -3.0 * one, torch.arange(3))
+        x = hidden + 0.0 * weight[tokens] if tied else hidden  # a second use of the weight, as an embedding
+        linear_grpo_loss(x, weight, rows, Objective())[0].backward()
+        assert weight.grad is None
+        wide = weight.detach().float().requires_grad_()
+        linear_grpo_loss(hidden, wide, rows, Objective())[0].backward()
+        single += wide.grad
+        double = weight.detach().double().requires_grad_()
+        linear_grpo_loss(hidden.double(), double, rows, Objective())[0].backward()
+        exact += double.grad
+        rounded += double.grad.bfloat16().double()
+    assert master.grad.dtype == torch.float32 and 1e-10 < float(exact.abs().max()) < 1e-7
+    assert torch.equal(master.grad, single)
+    error, half = (float((v.double() - exact).abs().max() / exact.abs().max()) for v in (master.grad, rounded))
+    assert error < 1e-6 and half > 1e-4

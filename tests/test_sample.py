@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from pr1.kernels import Sampling, sample, sample_tokens, token_keys, token_logprobs, uniform
+from pr1.kernels import Sampling, sample, sample_tokens, sample_tokens_ref, token_keys, token_logprobs, uniform
+from pr1.kernels.sample import sample_tokens_triton
 
 INF = math.inf
 FIELDS = ("seed", "step", "prompt", "completion", "position")
@@ -358,3 +359,88 @@ def test_bad_arguments_are_named():
     for call, message in calls:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ---- the Triton kernel (through the interpreter where there is no device) --------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL_CASES = {
+    "plain": (Sampling(), False),
+    "cold": (Sampling(temperature=0.6), False),
+    "hot": (Sampling(temperature=1.7), False),
+    "bans": (Sampling(banned=bans(300, 0, 5, 299), temperature=0.8), False),
+    "stops": (Sampling(stop_ids=(3, 7), min_new_tokens=1), True),
+    "bans and stops": (Sampling(banned=bans(300, 1, 7), stop_ids=(3, 7), min_new_tokens=1), True),
+    "greedy": (Sampling(temperature=0.0, banned=bans(300, 4), stop_ids=(2,), min_new_tokens=1), True),
+}
+
+
+@pytest.mark.parametrize("block", [64, 4096])
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_kernel_against_the_plain_form(name, block, monkeypatch):
+    """Numbers to float32 rounding; the same token unless the uniform falls within 1e-6 of a step of the CDF."""
+    from pr1.kernels import sample_triton
+
+    monkeypatch.setattr(sample_triton, "BLOCK", block)
+    sampling, forbids = KERNEL_CASES[name]
+    generator = torch.Generator().manual_seed(block)
+    x = 3 * torch.randn(24, 300, generator=generator)
+    x[3, 5] = 40.0  # the whole mass on a token that may be banned
+    x[4] = 0.0
+    x[5, :200] = -INF
+    x[6] -= 5000.0
+    x[7, 100:] -= 200.0
+    k, forbid = keys(24), torch.arange(24) % 3 == 0 if forbids else None
+    ours = sample_tokens_triton(x.to(DEVICE), k.to(DEVICE), sampling, forbid_stop=None if forbid is None else
+                                forbid.to(DEVICE))  # fmt: skip
+    ours, theirs = [v.cpu() for v in ours], sample_tokens_ref(x, k, sampling, forbid_stop=forbid)
+    same = ours[0] == theirs[0]
+    if sampling.temperature == 0:
+        assert same.all()
+    for row in (~same).nonzero()[:, 0].tolist():
+        ok = torch.from_numpy(allowed(x[row], sampling, bool(forbids and forbid[row])))
+        cdf = (x[row].double() / sampling.temperature).masked_fill(~ok, -INF).softmax(-1).cumsum(-1)
+        between = cdf[int(min(ours[0][row], theirs[0][row]))]
+        assert abs(between - uniform(k[row : row + 1])) < 1e-6, row
+    assert same.sum() >= 23
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(a[same], b[same], rtol=1e-5, atol=2e-5)
+
+
+def test_kernel_marks_rows_that_cannot_be_drawn():
+    x = torch.zeros(5, 20)
+    x[1, 3] = math.nan
+    x[2, 3] = INF
+    x[3] = -INF
+    sampling = Sampling(banned=bans(20, *range(10, 20)), stop_ids=tuple(range(10)), min_new_tokens=1)
+    forbid = torch.tensor([False, False, False, False, True])
+    token, *numbers = (v.cpu() for v in sample_tokens_triton(x.to(DEVICE), keys(5).to(DEVICE), sampling,
+                                                             forbid_stop=forbid.to(DEVICE)))  # fmt: skip
+    assert ((0 <= token) & (token < 20)).all()
+    for values in numbers:
+        assert torch.isfinite(values).tolist() == [True, False, False, False, False]
+
+
+def test_kernel_is_launched(monkeypatch):
+    from pr1.kernels import sample_triton
+
+    class Unlaunchable:
+        def __getitem__(self, grid):
+            raise RuntimeError("launched")
+
+    monkeypatch.setattr(sample_triton, "_sample", Unlaunchable())
+    with pytest.raises(RuntimeError, match="launched"):
+        sample_tokens_triton(torch.zeros(2, 4, device=DEVICE), keys(2).to(DEVICE), Sampling())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_device_path_on_a_full_vocabulary(dtype):
+    x = (2 * torch.randn(64, 151_936, generator=torch.Generator().manual_seed(0))).to(dtype)
+    sampling = Sampling(banned=bans(151_936, *range(151_000, 151_936)), temperature=0.9)
+    ours = sample_tokens(x.cuda(), keys(64).cuda(), sampling)
+    theirs = sample_tokens_ref(x, keys(64), sampling)
+    same = ours[0].cpu() == theirs[0]
+    assert same.sum() >= 62
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(a.cpu()[same], b[same], rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ trap 'exit 130' INT TERM # pip answers Ctrl-C with an ordinary failure; nothing 
 root=$(pwd -P)
 venv=.venv
 busy=$venv/.busy              # present while the environment is being changed; left behind only by a kill
+oldest_triton=$venv/triton-3.6
 installed=$venv/.installed    # what was installed, and where
 built=$venv/.built            # the sources pr1._C was built from
 pip="$venv/bin/python -m pip --disable-pip-version-check"
@@ -105,6 +106,15 @@ install_packages() {
     { echo "path $root/$venv" && cksum <requirements.txt; } >"$installed.new" && mv "$installed.new" "$installed"
 }
 
+# The oldest Triton the kernels must compile with, beside the installed one, for tests/test_sm90.py.
+install_oldest_triton() {
+    say "2/3 installing triton 3.6.0 into $oldest_triton, for the tests"
+    rm -rf "$oldest_triton.new"
+    $pip install --quiet --no-deps --target "$oldest_triton.new" triton==3.6.0 &&
+        rm -rf "$oldest_triton" && mv "$oldest_triton.new" "$oldest_triton" ||
+        fail "pip could not install triton 3.6.0; its message is above. Run the same command again."
+}
+
 build_module() {
     say "3/3 building the C++ module pr1._C with $CXX"
     rm -f "$built"
@@ -124,6 +134,9 @@ venv_is_sound || make_venv
 if ! [ "$(cksum <requirements.txt)" = "$(sed 1d "$installed" 2>/dev/null)" ]; then
     check_compiler # before the long download, not after it
     install_packages
+fi
+if [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] && ! [ -e "$oldest_triton" ]; then
+    install_oldest_triton
 fi
 sources=$(cksum csrc/* CMakeLists.txt setup.py pyproject.toml)
 module_loads() { (cd / && "$root/$venv/bin/python" -c 'import pr1._C' 2>/dev/null); }
