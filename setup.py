@@ -42,7 +42,7 @@ class CMakeBuild(build_ext):
 
 sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*"))
 setup(
-    packages=["pr1", "pr1.tasks", "pr1.families", "pr1.data", "pr1.kernels"],
+    packages=["pr1", "pr1.tasks", "pr1.families", "pr1.data", "pr1.rewards", "pr1.kernels"],
     # A top-level package named `kernels` would collide with the PyPI package of that name, which transformers probes.
     package_dir={"pr1.kernels": "kernels"},
     package_data={"pr1": ["assets/**"]},

@@ -4,14 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "lsap.h"
-#include "match.h"
+#include "batch.h"
 
 namespace py = pybind11;
 
@@ -20,80 +17,48 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;  // bound with noconvert: the caller passes the exact dtype
 
-// Twice the number of pairs times this stays finite; larger costs are solved scaled by a power of two, which is exact.
-constexpr double kLargestUnscaled = 1e290;
-constexpr double kDownscale = 0x1p-80;
-
-struct Failure {
-  int64_t problem = -1;  // -1: none
-  std::string what;
-};
-
-void raise_if_failed(const Failure& failure) {
+void raise_if_failed(const pr1::Failure& failure) {
   if (failure.problem >= 0) throw py::value_error("problem " + std::to_string(failure.problem) + ": " + failure.what);
 }
 
-std::vector<int64_t> running_sum(const std::vector<int64_t>& counts) {
-  std::vector<int64_t> offsets(counts.size() + 1, 0);
-  for (size_t i = 0; i < counts.size(); ++i) offsets[i + 1] = offsets[i] + counts[i];
-  return offsets;
+pr1::CostMatrix matrix(const py::array& costs, int first_axis) {
+  const bool is_double = py::isinstance<py::array_t<double>>(costs);
+  return {costs.data(), is_double, costs.shape(first_axis), costs.shape(first_axis + 1)};
 }
 
-template <class T>
-Array<T> to_array(const std::vector<T>& values) {
-  return Array<T>(values.size(), values.data());
-}
-
-std::string name_bad_cost(double value, int64_t index, int64_t n) {
-  const std::string where = "cost[" + std::to_string(index / n) + ", " + std::to_string(index % n) + "]";
-  return where + " is " + (std::isnan(value) ? "NaN" : "-inf") + "; costs must be finite, or +inf to forbid a pair";
-}
-
-// costs: all problems one after another, row-major; shapes: (B, 2). Returns (rows, cols, offsets).
-py::tuple assign_batch(const Array<double>& costs, const Array<int64_t>& shapes) {
-  const int64_t batch = shapes.shape(0);
-  const int64_t* shape = shapes.data();
-  std::vector<int64_t> counts(batch);
-  for (int64_t b = 0; b < batch; ++b) counts[b] = std::min(shape[2 * b], shape[2 * b + 1]);
-  const std::vector<int64_t> offsets = running_sum(counts);
-  Array<int64_t> rows(offsets[batch]), cols(offsets[batch]);
-  int64_t* row_out = rows.mutable_data();
-  int64_t* col_out = cols.mutable_data();
-  const double* cost = costs.data();
-  Failure failure;
+// Returns (rows, cols, offsets).
+py::tuple assign(const std::vector<pr1::CostMatrix>& problems) {
+  Array<int64_t> offsets(problems.size() + 1);
+  const int64_t total = pr1::assignment_offsets(problems, offsets.mutable_data());
+  Array<int64_t> rows(total), cols(total);
+  int64_t *row_out = rows.mutable_data(), *col_out = cols.mutable_data();
+  const int64_t* starts = offsets.data();
+  const pr1::Settings settings = pr1::Settings::from_environment();
+  pr1::Failure failure;
   {
     py::gil_scoped_release release;
-    pr1::LsapSolver<double> solver;
-    std::vector<int64_t> col_of_row;
-    std::vector<double> scaled;
-    for (int64_t b = 0; b < batch; ++b) {
-      const int64_t m = shape[2 * b], n = shape[2 * b + 1];
-      const pr1::CostScan scan = pr1::scan_costs(cost, m * n);
-      if (scan.bad >= 0) {
-        failure = {b, name_bad_cost(cost[scan.bad], scan.bad, n)};
-        break;
-      }
-      const double* solved = cost;
-      if (scan.largest > kLargestUnscaled) {
-        scaled.resize(m * n);
-        std::transform(cost, cost + m * n, scaled.begin(), [](double c) { return c * kDownscale; });
-        solved = scaled.data();
-      }
-      col_of_row.resize(m);
-      if (!solver.solve(solved, m, n, col_of_row.data())) {
-        failure = {b, "every complete assignment holds a forbidden (+inf) pair"};
-        break;
-      }
-      for (int64_t i = 0; i < m; ++i) {
-        if (col_of_row[i] < 0) continue;
-        *row_out++ = i;
-        *col_out++ = col_of_row[i];
-      }
-      cost += m * n;
-    }
+    failure = pr1::assign_batch(problems, starts, row_out, col_out, settings);
   }
   raise_if_failed(failure);
-  return py::make_tuple(rows, cols, to_array(offsets));
+  return py::make_tuple(rows, cols, offsets);
+}
+
+// stack: (B, m, n) C-contiguous float32 or float64.
+py::tuple assign_stack(const py::array& stack) {
+  std::vector<pr1::CostMatrix> problems(stack.shape(0), matrix(stack, 1));
+  const int64_t step = stack.shape(1) * stack.shape(2) * stack.itemsize();
+  for (size_t b = 0; b < problems.size(); ++b) {
+    problems[b].costs = static_cast<const char*>(problems[b].costs) + b * step;
+  }
+  return assign(problems);
+}
+
+// list: (m, n) C-contiguous float32 or float64 arrays.
+py::tuple assign_list(const std::vector<py::array>& list) {
+  std::vector<pr1::CostMatrix> problems;
+  problems.reserve(list.size());
+  for (const py::array& costs : list) problems.push_back(matrix(costs, 0));
+  return assign(problems);
 }
 
 // One side of a batch of matching problems.
@@ -102,60 +67,46 @@ struct BoxBatch {
   Array<int64_t> labels, offsets;
   std::optional<Array<bool>> ignore;
 
-  pr1::BoxList problem(int64_t b) const {
-    const int64_t start = offsets.data()[b];
-    const bool* flags = ignore ? ignore->data() + start : nullptr;
-    return {boxes.data() + 4 * start, labels.data() + start, flags, offsets.data()[b + 1] - start};
+  pr1::BoxBatch view() const {
+    return {boxes.data(), labels.data(), ignore ? ignore->data() : nullptr, offsets.data()};
   }
 };
 
+// Returns the fields of pr1.matcher.Match.
 py::tuple match_batch(const BoxBatch& pred, const BoxBatch& gt, const Array<double>& sizes,
                       const pr1::MatchWeights& weights) {
   const int64_t batch = sizes.shape(0);
-  std::vector<int64_t> room(batch), table_sizes(batch), pairs(batch);
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t m = pred.problem(b).count, n = gt.problem(b).count;
-    room[b] = std::min(m, n);
-    table_sizes[b] = m * n;
-  }
-  const std::vector<int64_t> room_offsets = running_sum(room), table_offsets = running_sum(table_sizes);
-  std::vector<int64_t> rows(room_offsets[batch]), cols(room_offsets[batch]);
-  std::vector<double> iou(room_offsets[batch]);
-  Array<double> table(table_offsets[batch]);
-  double* table_out = table.mutable_data();
-  int64_t total = 0;
-  Failure failure;
+  const pr1::BoxBatch p = pred.view(), g = gt.view();
+  Array<int64_t> offsets(batch + 1), table_offsets(batch + 1);
+  pr1::match_offsets(p, g, batch, offsets.mutable_data(), table_offsets.mutable_data());
+  const int64_t room = offsets.data()[batch];
+  Array<int64_t> rows(room), cols(room);
+  Array<double> iou(room), table(table_offsets.data()[batch]);
+  Array<bool> ignored(pred.boxes.shape(0));
+  const pr1::MatchOutput out{rows.mutable_data(), cols.mutable_data(),  offsets.mutable_data(),      iou.mutable_data(),
+                             table.mutable_data(), table_offsets.data(), ignored.mutable_data()};
+  const double* size = sizes.data();
+  const pr1::Settings settings = pr1::Settings::from_environment();
+  pr1::Failure failure;
   {
     py::gil_scoped_release release;
-    pr1::Matcher matcher;
-    for (int64_t b = 0; b < batch; ++b) {
-      const pr1::BoxList p = pred.problem(b), g = gt.problem(b);
-      const int64_t bad = pr1::find_bad_box(g);
-      if (bad >= 0) {
-        const std::string box = "ground truth box " + std::to_string(bad);
-        failure = {b, box + " has a coordinate that is NaN, infinite or beyond 1e6 pixels"};
-        break;
-      }
-      double* problem_table = table_out + table_offsets[b];
-      pairs[b] = matcher.match(p, g, sizes.data()[2 * b], sizes.data()[2 * b + 1], weights, problem_table,
-                               rows.data() + total, cols.data() + total);
-      for (int64_t k = total; k < total + pairs[b]; ++k) iou[k] = problem_table[rows[k] * g.count + cols[k]];
-      total += pairs[b];
-    }
+    failure = pr1::match_batch(p, g, size, batch, weights, settings, out);
   }
   raise_if_failed(failure);
-  rows.resize(total);
-  cols.resize(total);
-  iou.resize(total);
-  return py::make_tuple(to_array(rows), to_array(cols), to_array(running_sum(pairs)), to_array(iou), table,
-                        to_array(table_offsets));
+  const py::slice used(0, offsets.data()[batch], 1);
+  return py::make_tuple(rows[used], cols[used], offsets, iou[used], table, table_offsets, ignored);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Batched assignment and box matching. Called through pr1.matcher.";
-  m.def("assign_batch", &assign_batch, py::arg("costs").noconvert(), py::arg("shapes").noconvert());
+  m.def("assign_stack", &assign_stack);
+  m.def("assign_list", &assign_list);
+  m.def("settings", [] {
+    const pr1::Settings s = pr1::Settings::from_environment();
+    return py::make_tuple(s.kernels->name, s.threads);
+  });
   py::class_<BoxBatch>(m, "BoxBatch")
       .def(py::init<Array<double>, Array<int64_t>, Array<int64_t>, std::optional<Array<bool>>>(),
            py::arg("boxes").noconvert(), py::arg("labels").noconvert(), py::arg("offsets").noconvert(),

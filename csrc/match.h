@@ -1,9 +1,8 @@
-// Boxes -> IoU table -> cost -> optimal assignment, one problem (one completion against its ground truth) at a time.
-// No Python here.
+// Boxes -> IoU table -> cost -> optimal assignment, one problem (one completion against its ground truth), one thread,
+// no Python. The algorithm is tile.h, compiled once per instruction set by kernels.cpp.
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "lsap.h"
 
@@ -16,7 +15,7 @@ struct BoxList {
   const double* boxes;    // (count, 4) xyxy pixels
   const int64_t* labels;  // (count,)
   const bool* ignore;     // (count,) or null
-  int64_t count;
+  int count;
 };
 
 struct MatchWeights {
@@ -25,27 +24,40 @@ struct MatchWeights {
   double min_iou;
 };
 
-// Index of the first box with a NaN, infinite or too large coordinate, or -1.
-int64_t find_bad_box(const BoxList& list);
-
-// Holds the buffers and solvers, reused from problem to problem; one object per thread.
-class Matcher {
- public:
-  // table: (pred.count, gt.count) receives the pairwise IoU. rows, cols: room for min(pred.count, gt.count) pairs,
-  // written in order of ascending row. Returns the number of pairs. Never fails, whatever the boxes hold.
-  int64_t match(const BoxList& pred, const BoxList& gt, double width, double height, const MatchWeights& weights,
-                double* table, int64_t* rows, int64_t* cols);
-
- private:
-  bool fill_costs(const BoxList& pred, const BoxList& gt, double width, double height, const MatchWeights& weights,
-                  const double* table);
-
-  std::vector<int64_t> rows_, cols_;       // boxes that may be matched at all
-  std::vector<Lexicographic> cost_;        // (rows_, cols_): {1, 0} for an illegal pair, {0, cost} for a legal one
-  std::vector<double> plain_cost_;         // the same without the first rank, when every pair is legal
-  std::vector<int64_t> col_of_row_;
-  LsapSolver<double> solver_;
-  LsapSolver<Lexicographic> lexicographic_solver_;
+struct MatchProblem {
+  BoxList pred, gt;
+  double width, height;
 };
+
+struct MatchResult {
+  double* table;           // (pred.count, gt.count) pairwise IoU
+  bool* ignored;           // (pred.count,), all false when the call is made
+  int64_t *rows, *cols;    // room for min(pred.count, gt.count) pairs, by ascending row
+  double* iou;             // of the pairs
+  int64_t pairs;
+};
+
+// Workspace, kept from problem to problem; one per thread. k: predictions with a legal partner, s: the number of ground
+// truth boxes rounded up to whole vectors.
+struct MatchWork {
+  Buffer<double> gt;            // x1, y1, x2, y2, area, centre x, centre y, width, height, least IoU: (10, s)
+  Buffer<int64_t> label;        // (s,)
+  Buffer<double> cost;          // (k, s), +inf where illegal
+  Buffer<double> least, first;  // (s,) least cost of each column, and the first row that has it
+  Buffer<double> dense;         // the problem left to the solver
+  Buffer<int32_t> pred_of_row, col_of_row, open_cols;
+  Buffer<uint8_t> taken;
+  Work<double> solver;
+};
+
+// Returns false if a ground truth box has a coordinate that is NaN, infinite or beyond kMaxCoordinate. Whatever the
+// predicted boxes hold, it does not fail.
+using MatchOne = bool (*)(const MatchProblem&, const MatchWeights&, MatchWork&, MatchResult&);
+
+// Written so that a NaN fails.
+inline bool in_range(const double* b) {
+  return b[0] >= -kMaxCoordinate && b[1] >= -kMaxCoordinate && b[2] >= -kMaxCoordinate && b[3] >= -kMaxCoordinate &&
+         b[0] <= kMaxCoordinate && b[1] <= kMaxCoordinate && b[2] <= kMaxCoordinate && b[3] <= kMaxCoordinate;
+}
 
 }  // namespace pr1

@@ -4,9 +4,16 @@ import itertools
 
 import numpy as np
 import pytest
+from isas import on_every_isa
 from scipy.optimize import linear_sum_assignment
 
-from pr1.matcher import Boxes, MatchCost, match_boxes
+from pr1 import matcher
+from pr1.matcher import Boxes, Match, MatchCost
+
+
+def match_boxes(*arguments):
+    """On every instruction set of this machine, which must agree."""
+    return Match(*on_every_isa(lambda: tuple(vars(matcher.match_boxes(*arguments)).values())))
 
 
 def usable(box):
@@ -38,6 +45,17 @@ def reference_tables(pred, gt, size, cost):
         costs[i, j] = cost.l1 * distance + cost.giou * (1 - giou) + cost.cls * other
         legal[i, j] = not gt[2][j] and ious[i, j] >= cost.min_iou and not (cost.forbid_other_class and other)
     return ious, costs, legal
+
+
+def reference_ignored(box, label, gt):
+    """More than half of the box lies inside one ignored box of its label."""
+    if not usable(box):
+        return False
+    for other, other_label, ignore in zip(*gt, strict=True):
+        w, h = min(box[2], other[2]) - max(box[0], other[0]), min(box[3], other[3]) - max(box[1], other[1])
+        if ignore and label == other_label and max(w, 0) * max(h, 0) > 0.5 * (box[2] - box[0]) * (box[3] - box[1]):
+            return True
+    return False
 
 
 def brute_force(costs, legal):
@@ -100,13 +118,13 @@ COSTS = [
 
 
 @pytest.mark.parametrize("cost", COSTS, ids=str)
-@pytest.mark.parametrize("largest, batch", [(3, 300), (9, 150)])
+@pytest.mark.parametrize("largest, batch", [(3, 300), (9, 150), (40, 12)])
 def test_match_equals_the_reference(cost, largest, batch):
     preds, gts, sizes = random_batch(largest, batch, largest)
     match = run(preds, gts, sizes, cost)
     assert match.offsets[0] == match.table_offsets[0] == 0
     assert match.offsets[-1] == len(match.rows) == len(match.cols) == len(match.iou)
-    matched = 0
+    matched, starts = 0, np.cumsum([0, *(len(p[0]) for p in preds)])
     for i in range(batch):
         ious, costs, legal = reference_tables(preds[i], gts[i], sizes[i], cost)
         table = match.table[match.table_offsets[i] : match.table_offsets[i + 1]]
@@ -116,6 +134,8 @@ def test_match_equals_the_reference(cost, largest, batch):
         assert (np.diff(rows) > 0).all() and len(set(cols.tolist())) == len(cols)
         assert legal[rows, cols].all()
         np.testing.assert_allclose(match.iou[span], ious[rows, cols], rtol=1e-13)
+        inside = [reference_ignored(box, label, gts[i]) for box, label in zip(*preds[i], strict=True)]
+        assert match.ignored[starts[i] : starts[i + 1]].tolist() == inside
         # Independent optimum: a large constant for illegal pairs (the costs here are below 200, so 1e6 is exact enough).
         r, c = linear_sum_assignment(np.where(legal, costs, 1e6))
         best = legal[r, c]
@@ -193,6 +213,31 @@ def test_broken_predictions_match_nothing_and_disturb_nothing():
 def test_ignored_objects_have_no_partner_but_stand_in_the_table():
     match = one([[0, 0, 10, 10]], [[0, 0, 10, 10], [80, 80, 90, 90]], MatchCost(), ignore=[True, False])
     assert match.cols.tolist() == [1] and match.table.tolist() == [1, 0]
+
+
+def test_inside_an_ignore_region_by_hand():
+    """The region covers the left half of the first box exactly, and a little more of the second."""
+    region = [[0, 0, 50, 100], [30, 0, 100, 100]]
+    pred = [[40, 0, 60, 10], [39.9, 0, 60, 10], [39.9, 0, 60, 10], [10, 10, 20, 20], [10, 20, 20, 10], [np.nan] * 4]
+    match = one(pred, region, MatchCost(), pred_labels=[0, 0, 1, 0, 0, 0], ignore=[True, False])
+    assert match.ignored.tolist() == [False, True, False, True, False, False]
+    match = one(pred, region, MatchCost())
+    assert not match.ignored.any()
+
+
+def test_many_legal_pairs_are_worth_more_than_any_cost():
+    """A chain in which only the dearest of all choices lets every prediction be matched. Costs spread over 1e9."""
+    # Prediction i overlaps object i a little and object i + 1 a lot; the last one has object n - 1 only.
+    n = 60
+    gt = [[10 * i, 0, 10 * i + 10, 10] for i in range(n)]
+    pred = [[10 * i + 6, 0, 10 * i + 16, 10] for i in range(n)]
+    for weight in (1e-3, 1.0, 1e6):
+        match = one(pred, gt, MatchCost(l1=weight, giou=weight, cls=0, min_iou=0.2), size=(1000, 10))
+        assert match.rows.tolist() == list(range(n)) and match.cols.tolist()[-1] == n - 1
+        assert match.cols.tolist() == list(range(n))
+        # Without the last prediction every other one has its better choice.
+        match = one(pred[:-1], gt, MatchCost(l1=weight, giou=weight, cls=0, min_iou=0.2), size=(1000, 10))
+        assert match.cols.tolist() == list(range(1, n))
 
 
 def test_no_boxes_on_either_side():

@@ -1,13 +1,22 @@
-"""linear_sum_assignment_batch against scipy's solver."""
+"""linear_sum_assignment_batch against scipy's solver, on every instruction set of this machine."""
 
 import threading
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from isas import ISAS, on_every_isa
 from scipy.optimize import linear_sum_assignment
 
-from pr1.matcher import linear_sum_assignment_batch
+from pr1 import matcher
+
+
+def linear_sum_assignment_batch(costs):
+    return on_every_isa(matcher.linear_sum_assignment_batch, costs)
+
 
 INSTANCES = 3500  # of each of the 30 families below: 105,000 in all
 SHAPES = [(3, 3), (4, 6), (7, 4), (8, 8), (2, 12)]  # square, wide, tall, larger square, very wide
@@ -57,27 +66,51 @@ def check_pairs(rows, cols, shape):
     assert len(rows) == 0 or (rows.min() >= 0 and rows.max() < m and cols.min() >= 0 and cols.max() < n)
 
 
+def totals(costs, rows, cols):
+    """(B,) float64 total of each (m, n) matrix of a stack, after checking that its pairs are a complete assignment."""
+    batch, m, n = costs.shape
+    rows, cols = rows.reshape(batch, min(m, n)), cols.reshape(batch, min(m, n))
+    assert (np.diff(rows) > 0).all() and (np.diff(np.sort(cols)) > 0).all()
+    for index, limit in ((rows, m), (cols, n)):
+        assert index.min() >= 0 and index.max() < limit
+    return costs[np.arange(batch)[:, None], rows, cols].astype(np.float64).sum(1)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_total_cost_equals_scipy(family, shape):
     rng = np.random.default_rng(SHAPES.index(shape) * 100 + FAMILIES.index(family))
     costs = family(rng, (INSTANCES, *shape))
     rows, cols, offsets = linear_sum_assignment_batch(costs)
-    k = min(shape)
     assert offsets.dtype == rows.dtype == cols.dtype == np.int64
-    assert (offsets == np.arange(INSTANCES + 1) * k).all()
-    rows, cols = rows.reshape(INSTANCES, k), cols.reshape(INSTANCES, k)
-    assert (np.diff(rows) > 0).all() and (np.diff(np.sort(cols)) > 0).all()
-    for index, limit in ((rows, shape[0]), (cols, shape[1])):
-        assert index.min() >= 0 and index.max() < limit
-    ours = np.take_along_axis(np.take_along_axis(costs, rows[..., None], 1), cols[..., None], 2).sum((1, 2))
+    assert (offsets == np.arange(INSTANCES + 1) * min(shape)).all()
+    ours = totals(costs, rows, cols)
     scipys = np.array([cost[linear_sum_assignment(cost)].sum() for cost in costs])
+    single = totals(costs, *linear_sum_assignment_batch(costs.astype(np.float32))[:2])
     if family in (uniform, huge_range):
         magnitude = np.abs(costs).sum((1, 2))
-        assert (np.abs(ours - scipys) <= 1e-5 * np.maximum(1.0, magnitude)).all()
         assert (np.abs(ours - scipys) <= 1e-13 * magnitude).all()  # what float64 gives
+        assert (np.abs(single - scipys) <= 1e-5 * np.maximum(1.0, magnitude)).all()
+        assert (np.abs(single - scipys) <= 1e-6 * magnitude).all()  # what float32 gives, rounding its input included
     else:
-        assert (ours == scipys).all()
+        assert (ours == scipys).all() and (single == scipys).all()
+
+
+# 64 columns are the most that one word of the free list holds, and 16 to 64 float32 ones stay in registers.
+EDGES = [(1, 1), (1, 17), (5, 16), (8, 8), (9, 9), (16, 16), (17, 17), (20, 20), (32, 32), (33, 24), (48, 48), (49, 49)]
+EDGES += [(63, 65), (64, 64), (65, 65), (65, 63), (10, 129), (128, 30)]
+
+
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_sizes_around_whole_vectors_equal_scipy(shape):
+    rng = np.random.default_rng(shape)
+    batch = max(4, 12000 // (shape[0] * shape[1] + 100))
+    for costs in (rng.random((batch, *shape)), rng.integers(0, 10, (batch, *shape)).astype(np.float64)):
+        for dtype, bound in ((np.float64, 1e-14), (np.float32, 1e-6)):
+            stack = costs.astype(dtype)
+            ours = totals(stack, *linear_sum_assignment_batch(stack)[:2])
+            scipys = [cost[linear_sum_assignment(cost)].astype(np.float64).sum() for cost in stack]
+            assert ours == pytest.approx(scipys, rel=bound, abs=0)
 
 
 def test_large_problems_equal_scipy():
@@ -93,6 +126,59 @@ def test_large_problems_equal_scipy():
         r, c = rows[offsets[i] : offsets[i + 1]], cols[offsets[i] : offsets[i + 1]]
         check_pairs(r, c, cost.shape)
         assert cost[r, c].sum() == pytest.approx(cost[linear_sum_assignment(cost)].sum(), rel=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (12, 16)], ids=str)
+def test_large_whole_numbers_in_float32_are_exact(shape):
+    """Each fits the 24 bits of a float32, but not their sums, and the best assignments differ by little."""
+    rng = np.random.default_rng(shape)
+    rows, cols = (rng.integers(-(2**23), 2**23, (300, *side)) for side in ((shape[0], 1), (1, shape[1])))
+    costs = (rows // 2 * 2 + cols + rng.integers(0, 3, (300, *shape))).clip(-(2**24), 2**24).astype(np.float32)
+    ours = totals(costs, *linear_sum_assignment_batch(costs)[:2])
+    assert (ours == [cost[linear_sum_assignment(cost)].astype(np.float64).sum() for cost in costs]).all()
+
+
+def test_float32_near_its_end_does_not_overflow():
+    small = np.random.default_rng(8).integers(-4, 5, (500, 6, 6)).astype(np.float32)
+    ours = totals(small, *linear_sum_assignment_batch(small * np.float32(2.0**125))[:2])
+    assert (ours == [cost[linear_sum_assignment(cost)].sum() for cost in small]).all()
+
+
+def test_large_offsets_in_float64_keep_their_digits():
+    small = np.random.default_rng(9).random((300, 10, 10))
+    ours = totals(small, *linear_sum_assignment_batch(small + 1e6)[:2])
+    assert ours == pytest.approx([cost[linear_sum_assignment(cost)].sum() for cost in small], abs=1e-8)
+
+
+def elements(dtype):
+    width = 64 if dtype == np.float64 else 32
+    whole = st.integers(-8, 8).map(dtype)
+    finite = st.floats(-(2.0**60), 2.0**60, width=width)
+    return st.one_of(whole, st.just(dtype(np.inf)), finite)
+
+
+matrices = st.sampled_from([np.float32, np.float64]).flatmap(
+    lambda dtype: st.tuples(st.integers(0, 9), st.integers(0, 20)).flatmap(
+        lambda shape: arrays(dtype, shape, elements=elements(dtype), fill=st.just(dtype(1)))
+    )
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(matrices, st.booleans())
+def test_any_matrix_equals_scipy_or_is_infeasible_for_both(cost, transpose):
+    cost = cost.T if transpose else cost
+    try:
+        expected = cost[linear_sum_assignment(cost)].astype(np.float64).sum()
+    except ValueError:
+        with pytest.raises(ValueError, match="problem 0: every complete assignment"):
+            linear_sum_assignment_batch([cost])
+        return
+    rows, cols, _ = linear_sum_assignment_batch([cost])
+    check_pairs(rows, cols, cost.shape)
+    magnitude = np.abs(cost[np.isfinite(cost)], dtype=np.float64).sum()
+    bound = 1e-14 if cost.dtype == np.float64 else 1e-6
+    assert abs(cost[rows, cols].astype(np.float64).sum() - expected) <= bound * max(1.0, magnitude)
 
 
 def test_ragged_list_with_empty_problems_keeps_each_problem_apart():
@@ -140,6 +226,7 @@ def test_ties_are_broken_as_documented(shape):
         lambda c: torch.from_numpy(c).requires_grad_(),
         lambda c: [torch.from_numpy(x) for x in c],
         lambda c: np.asfortranarray(c),
+        lambda c: [c[0].astype(np.float32), *c[1:].tolist()],
     ],
 )
 def test_every_input_type_gives_the_same_pairs(convert):
@@ -185,9 +272,11 @@ BAD_COSTS = [
 
 
 @pytest.mark.parametrize("costs, message", BAD_COSTS)
-def test_bad_costs_name_the_problem(costs, message):
+@pytest.mark.parametrize("isa", ISAS)
+def test_bad_costs_name_the_problem(costs, message, isa, monkeypatch):
+    monkeypatch.setenv("PR1_ISA", isa)
     with pytest.raises(ValueError, match=message):
-        linear_sum_assignment_batch(costs)
+        matcher.linear_sum_assignment_batch(costs)
 
 
 def test_other_threads_run_while_a_batch_is_solved():
@@ -199,11 +288,11 @@ def test_other_threads_run_while_a_batch_is_solved():
             ticks.append(1)
 
     thread = threading.Thread(target=tick)
-    costs = np.random.default_rng(3).random((300, 120, 120))
+    costs = np.random.default_rng(3).random((600, 120, 120))
     thread.start()
     try:
         before = len(ticks)
-        linear_sum_assignment_batch(costs)
+        matcher.linear_sum_assignment_batch(costs)
         during = len(ticks) - before
     finally:
         done.set()
