@@ -4,21 +4,56 @@ transformers hands our keyword arguments to the registered function in every lay
 one stream of shape (1, T, H); the keyword `attend` says who sees whom:
 
     PackedAttention   a pack: several groups, completions see their prompt and themselves (training, reference)
-    PrefillAttention  the same over prompts alone, keeping their keys and values for decoding
-    DecodeAttention   one new token per sequence against (shared prompt, own completion so far)
+    PrefillAttention  the same over prompts alone, keeping their keys and values (pr1/decode.py)
+    DecodeAttention   one new token per sequence against (shared prompt, own completion so far) (pr1/decode.py)
 """
 
 from __future__ import annotations
 
+import inspect
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from pr1.records import Segments
 
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:  # not installed, or built for another torch
+    flash_attn_varlen_func = None
+
 TEXT = "pr1_packed"
 VISION = "pr1_flash_windows"  # "flash" in the name makes transformers pass cu_seqlens instead of looping over windows
+
+
+GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12 and later
+
+
+def varlen(query, key, value, cu_q, cu_k, max_q: int, max_k: int, *, causal: bool, scale: float) -> torch.Tensor:
+    """FlashAttention over segments of unequal lengths, half precision on a GPU only; differentiable, no host sync.
+
+    query (Tq, Hq, D), key and value (Tk, Hk, D), Hk a divisor of Hq; cu_q, cu_k (S+1,) int32 on the device. causal is
+    aligned at the bottom right: the last query of a segment sees every key of it. Returns (Tq, Hq, D).
+    """
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal,
+                                      deterministic=torch.are_deterministic_algorithms_enabled())  # fmt: skip
+    grouped = {}
+    if key.shape[1] != query.shape[1]:
+        if GROUPED:
+            grouped = {"enable_gqa": True}
+        else:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    window = (-1, 0) if causal else (-1, -1)
+    return varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, **grouped)
+
+
+def _flash(query: torch.Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _packed(module, query, key, value, attention_mask, *, scaling, attend, **_):
@@ -26,8 +61,13 @@ def _packed(module, query, key, value, attention_mask, *, scaling, attend, **_):
     return attend(module.layer_idx, query[0], key[0], value[0], scaling).transpose(0, 1).unsqueeze(0), None
 
 
-def _windows(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, **_):
-    """Full attention inside each window; windows of one length run as one batch. Shapes as above, Hq = Hk."""
+def _windows(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, max_length_q=None, **_):
+    """Full attention inside each window; one call, or without FlashAttention one for each length that windows have.
+    Shapes as above, Hq = Hk."""
+    if _flash(query):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = varlen(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, causal=False, scale=scaling)
+        return out.unsqueeze(0), None
     lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
     if len(set(lengths)) == 1:
         return _equal_windows(query, key, value, lengths[0], scaling), None
@@ -56,13 +96,41 @@ AttentionInterface.register(VISION, _windows)
 AttentionMaskInterface.register(TEXT, _no_mask)
 
 
+class _Gather(torch.autograd.Function):
+    """Rows of x (T, H, D) at index (K,). The gradients of a row used several times are added up in float32 or wider:
+    a prompt's keys take part once for each completion, too often for sums in bfloat16."""
+
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros(ctx.rows, *grad.shape[1:], dtype=wide)
+        return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
+
+
 class PackedAttention:
-    """Segment by segment, bottom-right causal. Never a T x T mask."""
+    """Bottom-right causal attention inside each segment: one FlashAttention call, or SDPA segment by segment. Never a
+    T x T mask."""
 
     def __init__(self, segments: Segments):
-        self.cu_q, self.cu_k = segments.cu_q.tolist(), segments.cu_k.tolist()
-        self.kv_index = segments.kv_index
+        self.segments, self.kv_index = segments, segments.kv_index
         self.masks = {}
+
+    gather = staticmethod(_Gather.apply)
+
+    @cached_property
+    def cu_q(self) -> list[int]:
+        return self.segments.cu_q.tolist()
+
+    @cached_property
+    def cu_k(self) -> list[int]:
+        return self.segments.cu_k.tolist()
 
     def mask(self, n_q: int, n_k: int, device) -> torch.Tensor:
         if (n_q, n_k) not in self.masks:
@@ -72,90 +140,17 @@ class PackedAttention:
 
     def __call__(self, layer: int, query, key, value, scaling) -> torch.Tensor:
         """query (Hq, T, D), key and value (Hk, T, D) -> (Hq, T, D)."""
-        key, value = key[:, self.kv_index], value[:, self.kv_index]  # (Hk, K, D)
+        key, value = (self.gather(x.transpose(0, 1), self.kv_index) for x in (key, value))  # (K, Hk, D)
+        if _flash(query):
+            seg = self.segments
+            return varlen(query.transpose(0, 1), key, value, seg.cu_q, seg.cu_k, seg.max_q, seg.max_k, causal=True,
+                          scale=scaling).transpose(0, 1)  # fmt: skip
+        key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]  # (1, Hk, K, D)
         out = []
         for q0, q1, k0, k1 in zip(self.cu_q, self.cu_q[1:], self.cu_k, self.cu_k[1:]):
             square = q1 - q0 == k1 - k0
             out.append(F.scaled_dot_product_attention(
-                query[None, :, q0:q1], key[None, :, k0:k1], value[None, :, k0:k1], scale=scaling, enable_gqa=True,
+                query[None, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], scale=scaling, enable_gqa=True,
                 is_causal=square, attn_mask=None if square else self.mask(q1 - q0, k1 - k0, query.device),
             )[0])  # fmt: skip
         return torch.cat(out, 1)
-
-
-class PrefillAttention(PackedAttention):
-    """Prompts side by side; keys and values of every layer are kept."""
-
-    def __init__(self, segments: Segments):
-        super().__init__(segments)
-        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys, values (Hk, T, D)
-
-    def __call__(self, layer, query, key, value, scaling):
-        self.kept[layer] = key, value
-        return super().__call__(layer, query, key, value, scaling)
-
-
-class DecodeAttention:
-    """One query per sequence; the prompt of a group is stored and read once for its G sequences.
-
-    Prompts are padded to the longest of the batch; completions grow together, their storage by GROW tokens at a time.
-    """
-
-    GROW = 64
-
-    def __init__(self, prefill: PrefillAttention, group_size: int):
-        self.group_size, self.length, self.room = group_size, 0, 0
-        starts = prefill.cu_q
-        lengths = [b - a for a, b in zip(starts, starts[1:])]
-        n, longest = len(lengths), max(lengths)
-        self.prefix, self.suffix = {}, {}
-        for layer, kept in prefill.kept.items():
-            heads, _, dim = kept[0].shape
-            padded = [x.new_zeros(n, heads, longest, dim) for x in kept]  # keys, values (P, Hk, Lmax, D)
-            for p, (start, length) in enumerate(zip(starts, lengths)):
-                for to, x in zip(padded, kept):
-                    to[p, :, :length] = x[:, start : start + length]
-            self.prefix[layer] = padded
-            self.suffix[layer] = [x.new_empty(n * group_size, heads, 0, dim) for x in kept]
-        columns = torch.arange(longest, device=prefill.kv_index.device)
-        padding = columns >= torch.tensor(lengths, device=columns.device)[:, None]  # (P, Lmax)
-        self.padding = padding[:, None, None]
-
-    def keep(self, prompts: torch.Tensor) -> None:
-        """Drops every group but these; prompts: (P',) int64 indices into the present batch."""
-        sequences = (prompts[:, None] * self.group_size + torch.arange(self.group_size, device=prompts.device)).view(-1)
-        self.padding = self.padding[prompts]
-        for layer in self.prefix:
-            self.prefix[layer] = [x[prompts] for x in self.prefix[layer]]
-            self.suffix[layer] = [x[sequences] for x in self.suffix[layer]]
-
-    def __call__(self, layer, query, key, value, scaling):
-        """query (Hq, B, D), key and value (Hk, B, D) with B = P*G, group-major -> (Hq, B, D)."""
-        t = self.length
-        (pk, pv), (sk, sv) = self.prefix[layer], self.suffix[layer]
-        sk[:, :, t - 1], sv[:, :, t - 1] = key.transpose(0, 1), value.transpose(0, 1)
-        q_heads, batch, dim = query.shape
-        heads, n = key.shape[0], len(pk)
-        repeat = q_heads // heads
-        query = (query * scaling).view(heads, repeat, n, self.group_size, dim)
-        grouped = query.permute(2, 0, 3, 1, 4).reshape(n, heads, self.group_size * repeat, dim)  # (P, Hk, G*rep, D)
-        single = query.permute(2, 3, 0, 1, 4).reshape(batch, heads, repeat, dim)  # (B, Hk, rep, D)
-        on_prefix = (grouped @ pk.transpose(2, 3)).masked_fill(self.padding, float("-inf"))  # (P, Hk, G*rep, Lmax)
-        longest = on_prefix.shape[-1]
-        on_prefix = on_prefix.view(n, heads, self.group_size, repeat, longest).transpose(1, 2)
-        on_suffix = single @ sk[:, :, :t].transpose(2, 3)  # (B, Hk, rep, t)
-        scores = torch.cat([on_prefix.reshape(batch, heads, repeat, longest), on_suffix], -1)
-        weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-        on_prefix = weights[..., :longest].view(n, self.group_size, heads, repeat, longest).transpose(1, 2)
-        out = on_prefix.reshape(n, heads, self.group_size * repeat, longest) @ pv  # (P, Hk, G*rep, D)
-        out = out.view(n, heads, self.group_size, repeat, dim).transpose(1, 2).reshape(batch, heads, repeat, dim)
-        out = out + weights[..., longest:] @ sv[:, :, :t]
-        return out.permute(1, 2, 0, 3).reshape(q_heads, batch, dim)
-
-    def advance(self) -> None:
-        """To be called before the layers of each new token."""
-        self.length += 1
-        if self.length > self.room:
-            self.room += self.GROW
-            for layer, kept in self.suffix.items():
-                self.suffix[layer] = [F.pad(x, (0, 0, 0, self.GROW)) for x in kept]

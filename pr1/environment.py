@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-PACKAGES = ("pr1", "torch", "transformers", "triton", "tokenizers", "numpy", "pillow")
+PACKAGES = ("pr1", "torch", "transformers", "triton", "tokenizers", "numpy", "pillow", "flash-attn", "liger-kernel")
 
 
 def environment() -> dict:

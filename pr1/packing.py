@@ -9,13 +9,20 @@ in the stream):
                        b0
     segment 0 q: p0..a1   k: p0..a1          plain causal
     segment 1 q: b0       k: p0..p3 b0       bottom-right causal
+
+Groups fill packs by best fit, the longest first; a group longer than a pack is split, its prompt repeated:
+
+    groups    aa 111   bb 22   cc 1111 222 33   dd 1            --pack-tokens 9; prompt letters, then completions
+    packs     [aa 111 bb 22]   [cc 1111 222]   [cc 33 dd 1]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+import numba
 import numpy as np
 import torch
 
@@ -53,52 +60,77 @@ def pack(
     drop_flat: bool,
     share_prefix: bool = True,
 ) -> list[Pack]:
-    """Packs one rank's rollouts (group-major; advantages (P, G) in the same order) in their order.
+    """Packs one rank's rollouts (group-major; advantages (P, G) in the same order).
 
-    A pack holds at most `pack_tokens` stream tokens unless one completion with its prompt alone is longer; a group that
-    does not fit is split by completions, its prompt repeated. drop_flat leaves out rows whose advantage is 0 (right
-    only when KL and entropy coefficients are 0). Rows with loss_mask False are never loss rows.
+    Best fit, longest first; ties and the order inside and among packs follow the rollouts' order. A pack holds at most
+    `pack_tokens` stream tokens unless one completion with its prompt alone is longer; a group longer than that is split
+    by completions, its prompt repeated. drop_flat leaves out rows whose advantage is 0 (right only when KL and entropy
+    coefficients are 0). Rows with loss_mask False are never loss rows.
     share_prefix=False gives every completion its own prompt: the plain packed path of tests and benchmarks.
     """
     flat = np.asarray(advantages, np.float64).reshape(-1)
     if len(flat) != len(rollouts):
         raise ValueError(f"{len(rollouts)} rollouts but {len(flat)} advantages")
-    live = [(r, float(a)) for r, a in zip(rollouts, flat) if r.loss_mask.any() and not (drop_flat and a == 0)]
-    packs, parts, used = [], [], 0
-    for part, length in _parts(live, pack_tokens, share_prefix):
-        if parts and used + length > pack_tokens:
-            packs.append(_build(parts, normaliser))
-            parts, used = [], 0
-        parts.append(part)
-        used += length
-    return packs + ([_build(parts, normaliser)] if parts else [])
+    parts = []  # completions that share one copy of their prompt, with their stream length
+    pairs = [(r, float(a)) for r, a in zip(rollouts, flat) if is_live(r, a, drop_flat)]
+    for _, group in groupby(pairs, lambda pair: pair[0].prompt if share_prefix else id(pair[0])):
+        group = list(group)
+        prompt, lengths = len(group[0][0].prompt_ids), np.array([stream_tokens(r) for r, _ in group])
+        if prompt + lengths.sum() <= pack_tokens:
+            parts.append((group, prompt + lengths.sum()))
+            continue
+        for members in _bins(lengths, pack_tokens - prompt):
+            parts.append(([group[i] for i in members], prompt + lengths[members].sum()))
+    bins = _bins(np.array([length for _, length in parts], np.int64), pack_tokens)
+    return [_build([parts[i][0] for i in members], normaliser) for members in bins]
 
 
-def _parts(live, budget: int, share_prefix: bool) -> Iterator[tuple[list[tuple[Rollout, float]], int]]:
-    """Completions that share one copy of their prompt, with their stream length."""
-    part, used = [], 0
-    for rollout, advantage in live:
-        length = max(0, len(rollout.completion_ids) - 1)
-        same = part and share_prefix and part[0][0].prompt == rollout.prompt and used + length <= budget
-        if part and not same:
-            yield part, used
-            part = []
-        if not part:
-            used = len(rollout.prompt_ids)
-        part.append((rollout, advantage))
-        used += length
-    if part:
-        yield part, used
+def is_live(rollout: Rollout, advantage: float, drop_flat: bool) -> bool:
+    """Whether the completion has loss rows."""
+    return bool(rollout.loss_mask.any()) and not (drop_flat and advantage == 0)
+
+
+def stream_tokens(rollout: Rollout) -> int:
+    """Tokens of the completion in the stream: all but the last, which predicts nothing."""
+    return max(0, len(rollout.completion_ids) - 1)
+
+
+def _bins(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """Indices of each bin, ascending, bins in order of their first."""
+    numbers = best_fit(np.argsort(-lengths, kind="stable"), lengths, capacity)
+    _, first = np.unique(numbers, return_index=True)
+    return [np.flatnonzero(numbers == numbers[i]) for i in np.sort(first)]
+
+
+@numba.njit("int64[:](int64[:], int64[:], int64)", cache=True)
+def best_fit(order, lengths, capacity):
+    """Best-fit packing. order (n,) int64: in which the items are placed; lengths (n,) int64. Each item goes into the
+    fullest bin that has room for it; one longer than `capacity` gets a bin of its own. Returns bin numbers (n,)."""
+    room, bins = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+    used = 0
+    for i in order:
+        best = -1
+        for b in range(used):
+            if room[b] >= lengths[i] and (best < 0 or room[b] < room[best]):
+                best = b
+        if best < 0:
+            best = used
+            room[best] = capacity
+            used += 1
+        room[best] -= lengths[i]
+        bins[i] = best
+    return bins
 
 
 def _build(parts, normaliser: Normaliser) -> Pack:
-    ids, positions, images, rows, index = [], [], [], [], []
+    ids, positions, images, image_rows, rows, index = [], [], [], [], [], []
     cu_q, cu_k, kv, start, sequence = [0], [0], [], 0, 0
     for part in parts:
         prompt: Prompt = part[0][0].inputs
         ids.append(prompt.ids)
         positions.append(prompt.position_ids)
         images.extend(prompt.images)
+        image_rows.append(start + prompt.image_rows)
         prompt_rows = torch.arange(start, start + len(prompt.ids))
         start += len(prompt.ids)
         opened = False  # segment 0 of a part is the prompt with its first completion
@@ -122,7 +154,7 @@ def _build(parts, normaliser: Normaliser) -> Pack:
                         int(q.max()), int(k.max()))  # fmt: skip
     joined = [torch.cat(column) for column in zip(*rows)]
     return Pack(torch.cat(ids), torch.cat(positions, 1), segments, torch.cat(index),
-                Rows(*joined[:5], log_kept=joined[5]), tuple(images))  # fmt: skip
+                Rows(*joined[:5], log_kept=joined[5]), tuple(images), torch.cat(image_rows))  # fmt: skip
 
 
 def _rows(rollout: Rollout, advantage: float, normaliser: Normaliser, sequence: int) -> tuple[torch.Tensor, ...]:
@@ -141,4 +173,4 @@ def to_device(pack: Pack, device) -> Pack:
     segments = Segments(*(x.to(device, non_blocking=True) for x in (seg.cu_q, seg.cu_k, seg.kv_index)), seg.max_q,
                         seg.max_k)  # fmt: skip
     return Pack(pack.ids.to(device), pack.position_ids.to(device), segments, pack.row_index.to(device),
-                pack.rows.to(device), pack.images)  # fmt: skip
+                pack.rows.to(device), pack.images, pack.image_rows.to(device))  # fmt: skip

@@ -13,6 +13,7 @@ import math
 import sys
 
 from pr1.advantage import group_advantages
+from pr1.balance import balance
 from pr1.collect import collect
 from pr1.config import Config
 from pr1.kernels import Objective, linear_grpo_loss
@@ -23,8 +24,10 @@ from pr1.session import Session, run_program
 
 
 def make_objective(cfg: Config) -> Objective:
-    return Objective(clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, kl=cfg.kl,
-                     entropy_coef=cfg.entropy_coef, rollout_cap=cfg.rollout_cap, temperature=cfg.temperature)  # fmt: skip
+    return Objective(loss=cfg.loss, ratio=cfg.ratio, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
+                     dual_clip=cfg.dual_clip, sapo_tau_pos=cfg.sapo_tau_pos, sapo_tau_neg=cfg.sapo_tau_neg,
+                     kl_coef=cfg.kl_coef, kl=cfg.kl, entropy_coef=cfg.entropy_coef, rollout_cap=cfg.rollout_cap,
+                     temperature=cfg.temperature)  # fmt: skip
 
 
 def train(run: Session) -> None:
@@ -40,7 +43,8 @@ def train(run: Session) -> None:
             advantages = group_advantages(batch.rewards, cfg.advantage_scale)  # (P, G)
             tokens, sequences = world.sum(count(batch.rollouts))  # over every pack and rank, before any backward
             normaliser = Normaliser(cfg.aggregation, tokens, sequences, cfg.max_new_tokens)
-            packs = pack(batch.rollouts, advantages, cfg.pack_tokens, normaliser, drop_flat=drop_flat)
+            rollouts, advantages = balance(batch.rollouts, advantages, world, policy.costs, drop_flat=drop_flat)
+            packs = pack(rollouts, advantages, cfg.pack_tokens, normaliser, drop_flat=drop_flat)
             packs = [to_device(p, policy.device) for p in packs]
         with clock("reference"):
             packs = [with_reference(p, run.reference, cfg.temperature) for p in packs]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -62,6 +64,21 @@ class World:
         things = [None] * self.size
         dist.all_gather_object(things, thing)
         return things
+
+    def exchange(self, things: list) -> list:
+        """things[r] (picklable, tensors on the CPU) goes to rank r; returns what each rank sent here, in rank order."""
+        data = []
+        for thing in things:
+            buffer = io.BytesIO()
+            torch.save(thing, buffer)
+            data.append(np.frombuffer(buffer.getvalue(), np.uint8))
+        sizes = self.gather([len(x) for x in data])
+        arriving = [each[self.rank] for each in sizes]
+        received = torch.empty(sum(arriving), dtype=torch.uint8, device=self.device)
+        flat = torch.from_numpy(np.concatenate(data)).to(self.device)
+        dist.all_to_all_single(received, flat, arriving, [len(x) for x in data])
+        parts = received.cpu().split(arriving)
+        return [torch.load(io.BytesIO(x.numpy().tobytes()), weights_only=False) for x in parts]
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -12,7 +12,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from worlds import make_policy, make_sample, plain_logits
 
-from pr1.attention import TEXT, VISION, DecodeAttention, PackedAttention, PrefillAttention
+from pr1 import attention
+from pr1.attention import TEXT, VISION, PackedAttention
 from pr1.families import load_family
 from pr1.packing import Normaliser, pack
 from pr1.records import Segments
@@ -112,75 +113,125 @@ def test_packed_attention_makes_no_mask_of_the_whole_stream():
     assert [tuple(m.shape) for m in attend.masks.values()] == [(suffix, prompt + suffix)]  # one, shared by all suffixes
 
 
-# ---- prefill and decoding --------------------------------------------------------------------------------------------
+def test_gradients_of_shared_keys_are_added_in_float32(monkeypatch):
+    """400 completions read one key: in bfloat16, as a GPU's atomics would add, a sum of ones ends at 256."""
+    add, types = torch.Tensor.index_add_, []
+    monkeypatch.setattr(torch.Tensor, "index_add_", lambda x, *how: types.append(x.dtype) or add(x, *how))
+    x, index = torch.ones(2, 1, 1, dtype=torch.bfloat16, requires_grad=True), torch.tensor([1] * 400 + [0])
+    PackedAttention.gather(x, index).sum().backward()
+    assert x.grad[:, 0, 0].tolist() == [1, 400] and x.grad.dtype == torch.bfloat16
+    assert types == [torch.float32]
 
 
-def prefilled(lengths, layers=2):
-    """A PrefillAttention that has run, and per layer the (k, v) of each prompt. Its outputs are checked here."""
-    starts, total = [sum(lengths[:i]) for i in range(len(lengths))], sum(lengths)
-    attend = PrefillAttention(segments([(n, [*range(s, s + n)]) for s, n in zip(starts, lengths, strict=True)]))
-    history = {}
-    for layer in range(layers):
-        q, k, v = (rand(7 * layer + i, h, total, DIM) for i, h in enumerate((Q_HEADS, K_HEADS, K_HEADS)))
-        out = attend(layer, q, k, v, SCALE)
-        for s, n in zip(starts, lengths, strict=True):
-            own = slice(s, s + n)
-            sees = torch.tensor([[j <= i for j in range(n)] for i in range(n)])
-            torch.testing.assert_close(out[:, own], dense(q[:, own], k[:, own], v[:, own], sees), rtol=0, atol=1e-12)
-        history[layer] = [(k[:, s : s + n], v[:, s : s + n]) for s, n in zip(starts, lengths, strict=True)]
-    return attend, history
+# ---- FlashAttention, its place taken by the dense truth -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_decoding_step_by_step(group):
-    """Each new token sees its prompt and its own completion, nothing of a sibling, of padding or of a group that has
-    left; beyond the growth of the suffix storage, too. The softmax is float32: 1e-6."""
-    lengths = [5, 9, 2, 9, 1]
-    prefill, prompts = prefilled(lengths)
-    decode = DecodeAttention(prefill, group)
-    grow, keeps = DecodeAttention.GROW, {2: [0, 2, 3, 4], 30: [3, 0, 2], DecodeAttention.GROW: [1, 2]}
-    alive = list(range(len(lengths)))
-    history = {at: {(p, g): kv for p, kv in enumerate(each) for g in range(group)} for at, each in prompts.items()}
-    for t in range(2 * grow + 3):
-        if t in keeps:  # the order of the kept groups may change
-            decode.keep(torch.tensor(keeps[t]))
-            alive = [alive[i] for i in keeps[t]]
-        decode.advance()
-        for layer, past in history.items():
-            batch = len(alive) * group
-            q, k, v = (rand(1000 * t + 10 * layer + i, h, batch, DIM)
-                       for i, h in enumerate((Q_HEADS, K_HEADS, K_HEADS)))  # fmt: skip
-            out = decode(layer, q, k, v, SCALE)
-            assert out.shape == (Q_HEADS, batch, DIM)
-            for row, key in enumerate((p, g) for p in alive for g in range(group)):
-                one = slice(row, row + 1)
-                past[key] = tuple(torch.cat([old, new[:, one]], 1) for old, new in zip(past[key], (k, v), strict=True))
-                sees = torch.ones(1, past[key][0].shape[1], dtype=torch.bool)
-                truth = dense(q[:, one], *past[key], sees)
-                assert float((out[:, one] - truth).abs().max()) < 1e-6, f"step {t}, layer {layer}, sequence {key}"
-    assert len(alive) == 2 and decode.room == 3 * grow
+def dense_varlen(query, key, value, cu_q, cu_k, causal, scale):
+    """What a varlen kernel computes: (T, H, D) in and out, bottom-right causal."""
+    assert scale == SCALE and cu_q.dtype == cu_k.dtype == torch.int32
+    out = []
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        sees = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+        sees = sees.tril(k1 - k0 - (q1 - q0)) if causal else sees
+        out.append(dense(*(x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1])), sees).transpose(0, 1))
+    return torch.cat(out)
 
 
-def test_decoding_in_half_precision():
-    """bfloat16 keys and values: the error stays that of rounding the inputs and the output."""
-    lengths = [5, 9]
-    starts = [(n, [*range(s, s + n)]) for s, n in ((0, 5), (5, 9))]
-    k, v, q = (rand(i, h, 14, DIM).bfloat16() for i, h in enumerate((K_HEADS, K_HEADS, Q_HEADS)))
-    prefill = PrefillAttention(segments(starts))
-    prefill(0, q, k, v, SCALE)
-    decode = DecodeAttention(prefill, 2)
-    decode.advance()
-    nq, nk, nv = (rand(10 + i, h, 4, DIM).bfloat16() for i, h in enumerate((Q_HEADS, K_HEADS, K_HEADS)))
-    out = decode(0, nq, nk, nv, SCALE)
-    assert out.dtype == torch.bfloat16
-    for row in range(4):
-        s, n = (0, 5) if row < 2 else (5, 9)
-        keys, values = (
-            torch.cat([x[:, s : s + n], new[:, row : row + 1]], 1).double() for x, new in ((k, nk), (v, nv))
-        )
-        truth = dense(nq[:, row : row + 1].double(), keys, values, torch.ones(1, n + 1, dtype=torch.bool))
-        torch.testing.assert_close(out[:, row : row + 1].double(), truth, rtol=0, atol=0.03)
-    assert lengths == [n for n, _ in starts]
+def stand_ins(monkeypatch, kind, asked):
+    """CPU stand-ins for the kernel of this kind; `asked` grows by what each call was told."""
+
+    def torch_old(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        assert query.shape[1] == key.shape[1]  # no grouped heads before 2.12
+        asked.append((max_q, max_k, window_size))
+        return dense_varlen(query, key, value, cu_q, cu_k, {(-1, 0): True, (-1, -1): False}[window_size], scale)
+
+    def torch_new(*args, enable_gqa=False, **how):
+        query, key, value, *rest = args
+        assert enable_gqa == (query.shape[1] != key.shape[1])
+        times = query.shape[1] // key.shape[1]
+        return torch_old(query, *(x.repeat_interleave(times, 1) for x in (key, value)), *rest, **how)
+
+    def flash(query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=None, causal=False, deterministic=False):
+        asked.append((max_q, max_k, (-1, 0) if causal else (-1, -1)))
+        return dense_varlen(query, key, value, cu_q, cu_k, causal, softmax_scale)
+
+    monkeypatch.setattr(attention, "_flash", lambda query: True)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", flash if kind == "flash_attn" else None)
+    monkeypatch.setattr(attention, "varlen_attn", torch_new if kind == "torch 2.12" else torch_old)
+    monkeypatch.setattr(attention, "GROUPED", kind == "torch 2.12")
+
+
+@pytest.mark.parametrize("kind", ["flash_attn", "torch 2.11", "torch 2.12"])
+def test_one_varlen_call_does_what_segments_do(monkeypatch, kind):
+    pieces = [(6, [*range(6)]), (1, [0, 1, 2, 3, 6]), (2, [0, 1, 2, 3, 7, 8]), (6, [*range(9, 15)]),
+              (2, [9, 10, 11, 15, 16])]  # fmt: skip
+    tensors = rand(0, Q_HEADS, 17, DIM), rand(1, K_HEADS, 17, DIM), rand(2, K_HEADS, 17, DIM)
+
+    def run(q, k, v):
+        return PackedAttention(segments(pieces))(0, q, k, v, SCALE)
+
+    theirs, asked = with_gradients(run, tensors), []
+    stand_ins(monkeypatch, kind, asked)
+    assert_equal(with_gradients(run, tensors), theirs)
+    assert asked == [(6, 6, (-1, 0))]
+
+
+@pytest.mark.parametrize("kind", ["flash_attn", "torch 2.11", "torch 2.12"])
+def test_windows_in_one_varlen_call(monkeypatch, kind):
+    cu, asked = torch.tensor([0, 16, 20, 36, 37]).int(), []
+    tensors = [rand(i, 1, K_HEADS, 37, DIM) for i in range(3)]
+
+    def run(q, k, v):
+        return ALL_ATTENTION_FUNCTIONS[VISION](
+            None, q, k, v, None, scaling=SCALE, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=16, max_length_k=16
+        )[0]
+
+    theirs = with_gradients(run, tensors)
+    stand_ins(monkeypatch, kind, asked)
+    assert_equal(with_gradients(run, tensors), theirs)
+    assert asked == [(16, 16, (-1, -1))]
+
+
+def on_gpu(dim, dtype, *heads, tokens):
+    return [rand(i, h, tokens, dim).to("cuda", dtype) for i, h in enumerate(heads)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own", [True, False])
+def test_varlen_kernel_is_bottom_right_causal(monkeypatch, own):
+    """The kernel of this machine (own: torch's, whatever is installed) against float64, forward and backward."""
+    if own:
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    pieces = [(130, [*range(130)]), (1, [*range(100), 130]), (70, [*range(100), *range(131, 201)])]
+    seg = segments(pieces)
+    q, k, v = on_gpu(64, torch.bfloat16, Q_HEADS, K_HEADS, K_HEADS, tokens=201)
+
+    def run(q, k, v):
+        device = q.device
+        there = Segments(*(x.to(device) for x in (seg.cu_q, seg.cu_k, seg.kv_index)), seg.max_q, seg.max_k)
+        return PackedAttention(there)(0, q, k, v, SCALE)
+
+    truth = with_gradients(run, [x.cpu().double() for x in (q, k, v)])
+    out, grads = with_gradients(lambda *x: run(*x).cpu(), (q, k, v))
+    for ours, theirs in zip([out, *grads], [truth[0], *truth[1]], strict=True):
+        error = (ours.cpu().double() - theirs).norm() / theirs.norm()
+        assert float(error) < 1e-2, float(error)
+
+
+@pytest.mark.gpu
+def test_windows_of_head_dim_80_on_the_gpu():
+    cu = torch.tensor([0, 64, 96, 160]).int()
+    q, k, v = on_gpu(80, torch.bfloat16, 4, 4, 4, tokens=160)
+    function = ALL_ATTENTION_FUNCTIONS[VISION]
+
+    def run(device, *tensors):
+        return function(None, *(x[None] for x in tensors), None, scaling=80**-0.5, cu_seq_lens_q=cu.to(device),
+                        max_length_q=64)[0]  # fmt: skip
+
+    truth = with_gradients(lambda *x: run("cpu", *x), [x.cpu().double() for x in (q, k, v)])
+    out, grads = with_gradients(lambda *x: run("cuda", *x).cpu(), (q, k, v))
+    for ours, theirs in zip([out, *grads], [truth[0], *truth[1]], strict=True):
+        assert float((ours.cpu().double() - theirs).norm() / theirs.norm()) < 1e-2
 
 
 # ---- the vision tower ------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def compare(one: list[dict], two: list[dict], folder, rtol: float = 1e-5) -> Non
 CASES = {  # flags; flat places; groups of each rank
     "odd number of prompts": ("--prompts-per-step 3 --eval-every 0", (), [1, 2]),
     "a rank without prompts": ("--prompts-per-step 1 --kl-coef 0.1 --train-vision", (), [0, 1]),
-    "a rank without packs": ("--prompts-per-step 4", (0, 1), [2, 2]),
+    "a rank without packs": ("--prompts-per-step 4", (0, 1, 2), [2, 2]),
+    "a group moves": ("--prompts-per-step 4", (0, 1), [2, 2]),  # rank 0 has no live group, rank 1 two
     "refill": ("--prompts-per-step 3 --max-refill 3 --aggregation sequence-mean --group-size 2", (0, 2, 3), [0, 3]),
     # behind the first update weights differ by Adam's share of the rounding, but kl is no longer 0
     "two updates": ("--prompts-per-step 3 --updates-per-batch 2 --kl-coef 0.01 --lr 1e-3", (), [1, 2]),
@@ -106,7 +107,9 @@ def test_one_rank_and_two(case, model, tmp_path):
     if case == "a rank without prompts":
         assert packs == [0, 1]
     if case == "a rank without packs":
-        assert packs == [0, 1] and one[0]["batches"][0]["flat"] == 2
+        assert packs == [0, 1] and one[0]["batches"][0]["flat"] == 3
+    if case == "a group moves":
+        assert packs == [1, 1] and one[0]["batches"][0]["flat"] == 2
     if case == "refill":
         drawn = [sum(dump["batches"][0]["drawn"] for dump in dumps) for dumps in (one, two)]
         assert drawn == [6, 6]  # 0, 1, 2, then 3, 4, then 5

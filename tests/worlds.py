@@ -14,9 +14,9 @@ def make_sample(family, sizes, text="Output the bounding box of the cat in the i
     return Sample(name, "det", messages(len(sizes), text), images, tuple(family.frame(w, h) for w, h in sizes), None)
 
 
-def make_policy(family, dtype=torch.float64, train_vision=True) -> Policy:
+def make_policy(family, dtype=torch.float64, train_vision=True, device="cpu", **how) -> Policy:
     model = family.load_model(dtype)
-    return Policy(family, model, torch.device("cpu"), train_vision=train_vision, cache=FeatureCache(1 << 28))
+    return Policy(family, model, torch.device(device), train_vision=train_vision, cache=FeatureCache(1 << 28), **how)
 
 
 def make_rollouts(family, prompts, lengths, seed=0) -> list[Rollout]:

@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
+from transformers.vision_utils import get_vision_attention_seqlens, get_vision_position_ids
 
+from pr1.families.decoder import step_hidden
 from pr1.families.preprocessing import BICUBIC, read_image_spec, read_json, resized
 from pr1.records import Answer, Frame, ImageInput, Prompt, Sample
 
@@ -127,33 +129,49 @@ class Family:
         """The decoder stack: takes (1, T, H) embeddings and (3, 1, T) positions."""
         return model.model.language_model
 
+    step_hidden = staticmethod(step_hidden)  # one token per sequence through that stack
+
     @staticmethod
     def visual(model):
         """The vision tower with its merger."""
         return model.model.visual
 
+    def vision_inputs(self, model, grid: torch.Tensor) -> dict:
+        """What transformers' tower would work out from grid (images, 3) int64 on its device, with a host sync each:
+        rotary positions, window bounds (int32) and their largest lengths (int), computed on the CPU."""
+        tower = self.visual(model)
+        bounds, longest = get_vision_attention_seqlens(grid, tower.config)
+        positions = get_vision_position_ids(grid, tower.spatial_merge_size)
+        return {"position_ids": positions, "cu_seqlens": bounds, "max_seqlen": longest}
+
     def image_features(self, model, images: Sequence[ImageInput]) -> list[tuple[torch.Tensor, ...]]:
         """Per image a tuple of tensors to be put into the model, here one (tokens, H); a single vision call for all."""
         if not images:
             return []
-        tower = self.visual(model)
-        device = next(tower.parameters()).device
-        pixels = torch.cat([image.pixels for image in images]).to(device)
-        grid = torch.tensor([image.grid for image in images], dtype=torch.int64, device=device)
-        return [(each,) for each in model.model.get_image_features(pixels, grid, return_dict=True).pooler_output]
+        device = next(self.visual(model).parameters()).device
+        pixels = torch.cat([image.pixels for image in images]).to(device, non_blocking=True)
+        grid = torch.tensor([image.grid for image in images], dtype=torch.int64)  # stays on the CPU
+        known = {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                 for name, value in self.vision_inputs(model, grid).items()}  # fmt: skip
+        return [
+            (each,) for each in model.model.get_image_features(pixels, grid, return_dict=True, **known).pooler_output
+        ]
 
-    def embed(self, model, ids: torch.Tensor, features: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-        """ids (T,) int64, features of the images in stream order -> (T, H) input embeddings, differentiable in both the
-        embedding matrix and the features. ValueError when image tokens and feature rows differ in number."""
+    def embed(self, model, ids: torch.Tensor, features: Sequence[tuple[torch.Tensor, ...]],
+              rows: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """ids (T,) int64, features of the images in stream order, rows (I,) int64 of the image tokens (found in ids,
+        with a host sync, when not given) -> (T, H) input embeddings, differentiable in both the embedding matrix and
+        the features. ValueError when image tokens and feature rows differ in number."""
         hidden = self.language_model(model).embed_tokens(ids)
-        mask = ids == self.image_token_id
-        tokens, rows = int(mask.sum()), sum(len(each[0]) for each in features)
-        if tokens != rows:
-            raise ValueError(f"{tokens} image tokens in the stream but {rows} rows of image features")
-        if not rows:
+        if rows is None:
+            rows = (ids == self.image_token_id).nonzero()[:, 0]
+        tokens, found = len(rows), sum(len(each[0]) for each in features)
+        if tokens != found:
+            raise ValueError(f"{tokens} image tokens in the stream but {found} rows of image features")
+        if not tokens:
             return hidden
         values = torch.cat([each[0] for each in features]).to(hidden.device, hidden.dtype)
-        return hidden.masked_scatter(mask[:, None], values)
+        return hidden.index_copy(0, rows, values)
 
     def banned_ids(self, vocab_size: int) -> torch.Tensor:
         """(vocab_size,) bool, True for tokens that a sampler must never draw: those that stand for images or video, and
@@ -220,7 +238,8 @@ class Family:
         repeats = np.ones(len(ids), np.int64)
         repeats[ids == self.image_token_id] = [self._image_tokens(frame) for frame in sample.frames]
         ids = np.repeat(ids, repeats)
-        return Prompt(torch.from_numpy(ids), self.positions(ids, [image.grid for image in images]), images)
+        rows = torch.from_numpy(np.flatnonzero(ids == self.image_token_id))
+        return Prompt(torch.from_numpy(ids), self.positions(ids, [image.grid for image in images]), images, rows)
 
     def image_input(self, image: Image.Image, frame: Frame) -> ImageInput:
         """Resize, normalise and cut an RGB image into patches, with the values of transformers' PIL image processor.

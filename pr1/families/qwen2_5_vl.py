@@ -6,12 +6,16 @@ import json
 import re
 from collections.abc import Sequence
 
+import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.utils.generic import get_max_seqlen
+from transformers.vision_utils import get_vision_window_index
 
 from pr1.families.base import Family
 from pr1.records import Answer, Frame, Item
 
 MAX_CHARS = 100_000  # of an answer are looked at; 1,000 boxes take about 60,000
+MAX_ITEMS = 2000  # of an answer are read
 MAX_COORDINATE = 1e7  # what is larger is no coordinate
 SPACE = re.compile(r"[ \t\r\n]*+")
 # An object without inner objects, up to its closing brace, to the next opening brace, or to the end of the text.
@@ -35,6 +39,17 @@ class Qwen25VL(Family):
     frame_class = Qwen25Frame
     model_class = Qwen2_5_VLForConditionalGeneration
 
+    def vision_inputs(self, model, grid: torch.Tensor) -> dict:
+        """Also the tower's windows: most of its blocks attend inside squares of window_size pixels only."""
+        config = self.visual(model).config
+        order, bounds = get_vision_window_index(
+            grid, spatial_merge_size=config.spatial_merge_size, window_size=config.window_size,
+            patch_size=config.patch_size,
+        )  # fmt: skip
+        longest = get_max_seqlen(bounds, config)
+        windows = {"window_index": order, "cu_window_seqlens": bounds, "max_window_seqlen": longest}
+        return {**super().vision_inputs(model, grid), **windows}
+
     @staticmethod
     def format_boxes(items: Sequence[tuple[str, Sequence[int] | None]]) -> str:
         """One line, as `json.dumps` writes it (characters beyond ASCII stay themselves, as the model writes them):
@@ -52,14 +67,15 @@ class Qwen25VL(Family):
         searched for flat objects `{...}`: every closed one is an item, one that breaks off at a following `{` is an
         invalid item if it had named its `bbox_2d`, and one that the end of the text cuts is no item. A closed object
         is valid if it has a non-empty string `label` and a `bbox_2d` of four finite numbers with x1 <= x2, y1 <= y2;
-        trailing commas are forgiven. Only the first 100,000 characters are looked at. `format_ok` asks for a JSON
-        list, in a fence or not, of valid items only.
+        trailing commas are forgiven. Only the first 100,000 characters and 2,000 objects are looked at. `format_ok`
+        asks for a JSON list, in a fence or not, of valid items only.
         """
         head = text[:MAX_CHARS]
         begin, end, closed = unfence(head)
         items = read_list(head, begin, end)
         if items is not None:
-            return Answer(items, closed and len(text) <= MAX_CHARS and all(item.valid for item in items))
+            whole = len(text) <= MAX_CHARS and len(items) < MAX_ITEMS
+            return Answer(items, closed and whole and all(item.valid for item in items))
         return search_objects(head, begin, end)
 
 
@@ -94,6 +110,8 @@ def read_list(text: str, begin: int, end: int) -> tuple[Item, ...] | None:
         except (ValueError, RecursionError):
             return None
         items.append(make_item(value, at, stop))
+        if len(items) == MAX_ITEMS:
+            return tuple(items)
         at = SPACE.match(text, stop).end()
         if text.startswith("]", at):
             return tuple(items) if at + 1 == end else None
@@ -115,6 +133,8 @@ def search_objects(text: str, begin: int, end: int) -> Answer:
             cut = True
         elif '"bbox_2d"' in match[0]:
             items.append(Item("", None, match.start(), last, valid=False))
+        if len(items) == MAX_ITEMS:
+            return Answer(tuple(items))
     before = text[begin : end if first is None else first].rstrip()
     after = "" if first is None else text[last:end].strip()
     return Answer(tuple(items), False, cut or (before.endswith("[") and after in ("", ",")))

@@ -11,6 +11,7 @@ from pr1.families.base import Family
 from pr1.records import Answer, Frame, Item
 
 MAX_CHARS = 100_000  # of an answer are looked at; 1,000 boxes take about 100,000
+MAX_ITEMS = 2000  # of an answer are read
 EMPTY = "none"  # the answer when nothing is to be named; the native syntax has no empty list
 MARK = re.compile(r"<\|(object_ref|box)_(start|end)\|>")
 NUMBER = r"\s*+([-+]?[0-9]{1,7}(?:\.[0-9]{1,20})?)\s*+"  # longer ones are no coordinates
@@ -52,8 +53,9 @@ class Qwen2VL(Family):
         phrase. The first one's span begins at its phrase, the others' at their own start. A phrase without a box says
         that there is no such object and is no item. A box that breaks off at another special token, or is not four
         numbers in order x1 <= x2, y1 <= y2, is an invalid item without a box, one without a phrase an invalid item with
-        its box; one that the end of the text cuts is no item. Only the first 100,000 characters are looked at.
-        `format_ok`: nothing but phrases, each followed by its boxes, and white space, or the word `none` alone.
+        its box; one that the end of the text cuts is no item. Only the first 100,000 characters and 2,000 boxes are
+        looked at. `format_ok`: nothing but phrases, each followed by its boxes, and white space, or the word
+        `none` alone.
         """
         head = text[:MAX_CHARS]
         if head.strip().rstrip(".").lower() == EMPTY:
@@ -61,6 +63,8 @@ class Qwen2VL(Family):
         reader = _Reader(head)
         for mark in MARK.finditer(head):
             reader.take(mark)
+            if len(reader.items) == MAX_ITEMS:
+                return Answer(tuple(reader.items))
         return reader.answer(whole=len(text) <= MAX_CHARS)
 
 
