@@ -123,17 +123,8 @@ def _index(dataset: Mapping) -> COCO:
     return coco
 
 
-def write_predictions(file: str | Path, predictions: Iterable[Mapping], categories: Categories | None = None) -> None:
-    """Writes one JSON line an image; with `categories`, each item of a known label also gets its `category_id`."""
-    ids = {} if categories is None else category_ids(categories)
-    with open(file, "w", encoding="utf-8") as out:
-        for line in predictions:
-            items = [{**i, "category_id": ids[i["label"]]} if i["label"] in ids else dict(i) for i in line["items"]]
-            out.write(json.dumps({**line, "items": items}, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def read_predictions(file: str | Path, categories: Categories) -> list[dict]:
-    """Predictions of whole images, from JSONL as `write_predictions` writes it or from a COCO results list.
+    """Predictions of whole images, from JSONL as `pr1.predictions` writes it or from a COCO results list.
 
     categories: those of the annotations to compare with; a results list names classes by their ids. From such a list
     `id`, `width`, `height` and `text` are None, and images without a box are absent. A score that is absent is 1.0.

@@ -43,9 +43,10 @@ def collect(run, step: int, clock) -> Batch:
             prompts = [run.family.encode(sample) for sample in samples]
         with clock("rollout"):
             rollouts = generate(run.policy, samples, cfg.group_size, sampling, seed=cfg.seed, step=step,
-                                first=first + share.start, batch=cfg.rollout_batch, prompts=prompts)  # fmt: skip
+                                first=first + share.start, batch=cfg.rollout_batch, prompts=prompts,
+                                cache_mb=cfg.rollout_cache_mb, max_prompt_tokens=cfg.max_prompt_tokens)  # fmt: skip
         with clock("reward"):
-            groups = _score(task, samples, rollouts, cfg.group_size)
+            groups = _score(task, samples, rollouts, cfg.group_size, step / max(1, cfg.steps))
         is_flat = [bool(flat_groups(rewards[None])[0]) for _, _, rewards, _ in groups]
         last = round_ + 1 == cfg.max_refill
         live += int(world.sum([len(groups) - sum(is_flat)])[0]) if not last else 0
@@ -64,12 +65,12 @@ def collect(run, step: int, clock) -> Batch:
     )  # fmt: skip
 
 
-def _score(task, samples, rollouts, group_size):
+def _score(task, samples, rollouts, group_size, progress):
     """[(sample, its G rollouts, rewards (G,), {part: (G,)})]"""
     texts = [[r.text for r in rollouts[p * group_size : (p + 1) * group_size]] for p in range(len(samples))]
     if not samples:
         return []
-    rewards, parts = task.reward(texts, samples)
+    rewards, parts = task.reward(texts, samples, progress=progress)
     return [
         (sample, rollouts[p * group_size : (p + 1) * group_size], np.asarray(rewards[p], np.float64),
          {name: values[p] for name, values in parts.items()})

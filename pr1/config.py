@@ -1,7 +1,8 @@
 """The configuration: one dataclass, its command line and its recipes.
 
-Precedence, lowest first: the defaults below, the recipe, `--config FILE.yaml`, the flags given. Unknown and abbreviated
-flags are fatal. `parse_config` raises ValueError naming the flag; the entry points print it without a traceback.
+Precedence, lowest first: the defaults below, the recipe, those of `--loss`, `--config FILE.yaml`, the flags given.
+Unknown and abbreviated flags are fatal. `parse_config` raises ValueError naming the flag; the entry points print it
+without a traceback.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def option(default, section: str, help: str, choices: tuple | None = None):
 @dataclass(frozen=True)
 class Config:
     # run
-    task: str = option("", "run", "what to learn: det")
+    task: str = option("", "run", "what to learn: det, ground, count, ocr, or a file of your own that defines TASK")
     recipe: str = option(
         "default",
         "run",
@@ -61,10 +62,38 @@ class Config:
     min_new_tokens: int = option(0, "rollout", "no stop before this many tokens")
     max_new_tokens: int = option(1024, "rollout", "completions are cut here")
     max_refill: int = option(1, "rollout", "rounds of prompts a step may draw to replace flat groups; 1: no refill")
-    rollout_batch: int = option(256, "rollout", "sequences decoded together on a rank")
+    rollout_batch: int = option(256, "rollout", "sequences decoded together on a rank, as far as the cache holds them")
+    rollout_cache_mb: int = option(8192, "rollout", "budget for keys and values of a rollout on a rank, MB")
+    # task
+    reward: str = option("set", "task", "reward preset of the task (python -m pr1.lint tells which can be gamed)")
+    reward_weights: str = option(
+        "", "task", "weights of the preset's parts in place of its own, part=weight,part=weight"
+    )
+    prompt: str | None = option(
+        None, "task", "the prompt's text in place of the task's own; {braces} as the task states"
+    )
+    thinking: bool = option(False, "task", "ask for <think></think><answer></answer>; half the reward without the form")
     # objective
-    clip_low: float = option(0.2, "objective", "the ratio is clipped below 1 - this; inf: not")
-    clip_high: float = option(0.28, "objective", "the ratio is clipped above 1 + this; inf: not")
+    loss: str = option(
+        "clip",
+        "objective",
+        "clip: PPO's and GRPO's clipped ratio; cispo: the ratio as a clipped constant weight (arXiv 2506.13585); "
+        "sapo: a soft gate for the clip (arXiv 2511.20347)",
+        ("clip", "cispo", "sapo"),
+    )
+    ratio: str = option(
+        "token",
+        "objective",
+        "of a token, or of the whole sequence (GSPO, arXiv 2507.18071; it clips far tighter, 3e-4 and 4e-4)",
+        ("token", "sequence"),
+    )
+    clip_low: float = option(0.2, "objective", "the ratio is clipped below 1 - this; inf: not (default of cispo, sapo)")
+    clip_high: float = option(0.28, "objective", "the ratio is clipped above 1 + this; inf: not (default of sapo)")
+    dual_clip: float = option(
+        math.inf, "objective", "for negative advantages the ratio is clipped above this (arXiv 1912.09729: 3); inf: not"
+    )
+    sapo_tau_pos: float = option(1.0, "objective", "SAPO's temperature for positive advantages")
+    sapo_tau_neg: float = option(1.05, "objective", "SAPO's temperature for negative advantages")
     kl_coef: float = option(0.0, "objective", "weight of the KL to the starting policy; 0: no reference is held")
     kl: str = option("k3", "objective", "KL estimator", ("k3", "k2"))
     entropy_coef: float = option(0.0, "objective", "weight of the entropy bonus")
@@ -89,6 +118,8 @@ class Config:
     warmup_steps: int = option(10, "optimizer", "linear warm-up")
     schedule: str = option("constant", "optimizer", "after the warm-up", ("constant", "linear", "cosine"))
     pack_tokens: int = option(16384, "optimizer", "tokens of one forward and backward pass on a rank")
+    checkpointing: str = option("none", "optimizer", "activations to compute again in the backward pass instead of "
+                                "keeping them; full: all of every layer", ("none", "full"))  # fmt: skip
     sft_batch: int = option(32, "optimizer", "samples per step of sft.py")
     # logging
     eval_every: int = option(100, "logging", "evaluate every this many steps; 0: only before and after; -1: never")
@@ -113,11 +144,13 @@ RECIPES = {
                      save_every=50),
 }  # fmt: skip
 
+LOSSES = {"cispo": dict(clip_low=math.inf), "sapo": dict(clip_low=math.inf, clip_high=math.inf)}  # defaults of a loss
+
 # what may differ between a run and its resumption
 RESUMABLE = {"steps", "resume", "eval_every", "save_every", "keep_checkpoints", "report_samples", "tensorboard",
-             "wandb", "run_dir", "rollout_batch", "feature_cache_mb"}  # fmt: skip
+             "wandb", "run_dir", "rollout_batch", "rollout_cache_mb", "feature_cache_mb", "checkpointing"}  # fmt: skip
 
-MAY_BE_INFINITE = ("clip_low", "clip_high", "rollout_cap")
+MAY_BE_INFINITE = ("clip_low", "clip_high", "dual_clip", "rollout_cap")
 
 
 def check(cfg: Config) -> None:
@@ -134,7 +167,7 @@ def check(cfg: Config) -> None:
         need(finite or field.name in MAY_BE_INFINITE, field.name, "must be a finite number")
     need(cfg.group_size >= 2, "group_size", "a group needs at least 2 completions, advantages compare them")
     for name in ("prompts_per_step", "updates_per_batch", "max_refill", "max_new_tokens", "rollout_batch", "pack_tokens",
-                 "max_prompt_tokens", "sft_batch", "min_pixels"):  # fmt: skip
+                 "rollout_cache_mb", "max_prompt_tokens", "sft_batch", "min_pixels"):  # fmt: skip
         need(getattr(cfg, name) >= 1, name, "must be at least 1")
     for name in ("steps", "seed", "kl_coef", "entropy_coef", "lr", "weight_decay", "grad_clip", "warmup_steps",
                  "save_every", "keep_checkpoints", "eval_samples", "top_k", "min_new_tokens", "clip_low", "clip_high",
@@ -148,9 +181,16 @@ def check(cfg: Config) -> None:
     need(0 <= cfg.beta1 < 1, "beta1", "must lie in [0, 1)")
     need(0 <= cfg.beta2 < 1, "beta2", "must lie in [0, 1)")
     need(cfg.rollout_cap > 0, "rollout_cap", "must be above 0 (inf: no cap)")
+    need(cfg.dual_clip > 1, "dual_clip", "must be above 1 (inf: off)")
+    need(cfg.dual_clip == math.inf or cfg.loss == "clip", "dual_clip", "needs --loss clip")
+    need(cfg.ratio == "token" or cfg.loss == "clip", "ratio", "needs --loss clip")
+    for name, default in (("sapo_tau_pos", 1.0), ("sapo_tau_neg", 1.05)):
+        need(getattr(cfg, name) > 0, name, "must be above 0")
+        need(cfg.loss == "sapo" or getattr(cfg, name) == default, name, "needs --loss sapo")
+    for name in ("clip_low", "clip_high"):
+        need(cfg.loss != "sapo" or getattr(cfg, name) == math.inf, name, "--loss sapo has no bounds, only inf")
     need(cfg.max_pixels >= cfg.min_pixels, "max_pixels", f"must be at least --min-pixels ({cfg.min_pixels})")
     need(cfg.min_new_tokens <= cfg.max_new_tokens, "min_new_tokens", "must not exceed --max-new-tokens")
-    need(cfg.rollout_batch >= cfg.group_size, "rollout_batch", f"must hold a whole group ({cfg.group_size})")
     need(cfg.vision_lr is None or cfg.train_vision, "vision_lr", "needs --train-vision")
     need(cfg.vision_lr is None or cfg.vision_lr >= 0, "vision_lr", "must not be negative")
     need(cfg.images is None or cfg.data is not None, "images", "needs --data")
@@ -158,8 +198,23 @@ def check(cfg: Config) -> None:
     need(
         cfg.eval_data is None or cfg.data is not None, "eval_data", "needs --data (scenes have their own held-out set)"
     )
+    parse_weights(cfg.reward_weights)
     need(not cfg.resume or cfg.run_dir is not None, "resume", "needs --run-dir, the run to continue")
     need(cfg.recipe != "embedded" or cfg.model is None, "recipe", "embedded is for the tiny policy, not for --model")
+
+
+def parse_weights(text: str) -> tuple[tuple[str, float], ...]:
+    """ "part=weight,part=weight" -> pairs. Raises ValueError for what is no finite number."""
+    weights = []
+    for entry in filter(None, text.split(",")):
+        part, _, value = entry.partition("=")
+        try:
+            weights.append((part.strip(), float(value)))
+        except ValueError:
+            raise ValueError(f"--reward-weights: {entry!r} is not part=weight") from None
+        if not math.isfinite(weights[-1][1]):
+            raise ValueError(f"--reward-weights: {entry!r} is not a finite number")
+    return tuple(weights)
 
 
 def value_type(field: dataclasses.Field):
@@ -230,7 +285,7 @@ def config_from(flags: dict) -> Config:
     recipe = given.get("recipe", "default" if given.get("model") else "embedded")
     if recipe not in RECIPES:
         raise ValueError(f"--recipe is {recipe!r}: one of {', '.join(RECIPES)}")
-    values = {**RECIPES[recipe], **given, "recipe": recipe}
+    values = {**RECIPES[recipe], **LOSSES.get(given.get("loss"), {}), **given, "recipe": recipe}
     if not values.get("task"):
         raise ValueError("--task is missing: what shall be learnt? (--task det)")
     return Config(**values)

@@ -13,11 +13,10 @@ import json
 import sys
 from pathlib import Path
 
-from pr1.assemble import build_policy, check_prompts, load_eval_data, load_model_family
-from pr1.coco_metric import read_predictions, write_predictions
+from pr1.assemble import build_policy, build_task, check_prompts, load_eval_data, load_model_family
 from pr1.config import Config, build_parser, config_from
 from pr1.predict import evaluate
-from pr1.tasks import TASKS
+from pr1.predictions import write_predictions
 from pr1.world import start_world
 
 
@@ -26,13 +25,14 @@ def answer_and_score(cfg: Config, predictions: str | None, world) -> dict:
     say = print if world.main else (lambda *_: None)
     if predictions and world.main and not Path(predictions).absolute().parent.is_dir():
         raise ValueError(f"--predictions {predictions}: its folder does not exist")
-    task, family = TASKS[cfg.task], load_model_family(cfg, say)
+    task = build_task(cfg)
+    family = load_model_family(cfg, task, say)
     records = load_eval_data(cfg, task, say)
     check_prompts(cfg, task, family, records, "data", say)
     policy = build_policy(cfg, family, world)
     metrics, lines = evaluate(policy, task, records, cfg, world)
     if predictions and world.main:
-        write_predictions(predictions, lines, records.category_ids)
+        write_predictions(predictions, lines, getattr(records, "category_ids", None))
         say(f"predictions: {predictions}")
     return metrics
 
@@ -41,9 +41,9 @@ def score_file(cfg: Config, predictions: str) -> dict:
     """The metrics of a predictions file against --data; no model and no images are needed."""
     if cfg.eval_data is None:
         raise ValueError(f"--predictions {predictions}: the annotations to compare with are missing (--data)")
-    task = TASKS[cfg.task]
+    task = build_task(cfg)
     records = task.load(cfg.eval_data, None)
-    return task.evaluate(read_predictions(predictions, records.category_ids), records)
+    return task.evaluate(task.read_predictions(predictions, records), records)
 
 
 NOTES = {"ap": "every box scored 1.0", "ap_scored": "bbox AP by the boxes' own scores"}

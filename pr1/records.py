@@ -16,6 +16,8 @@ import torch
 
 from pr1.kernels import Rows
 
+NONE = torch.empty(0, dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -74,6 +76,23 @@ class BoxTarget:
     image: int = 0  # index into Sample.images
     image_id: int = 0  # id in the annotation file, for COCO evaluation
     areas: np.ndarray | None = None  # (n,) float64 annotated areas (pixels squared); None means the boxes' own
+    categories: tuple[str, ...] = ()  # every class of the data set, where a sample's task needs them
+
+
+@dataclass(frozen=True)
+class NamedTarget(BoxTarget):
+    """Objects of one name, to be found or counted. A point is a box without area; where only a number is known there
+    are no boxes."""
+
+    name: str = ""
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class TextTarget:
+    """Text to be read in an image."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,7 @@ class Prompt:
     ids: torch.Tensor  # (L,) int64, image tokens expanded
     position_ids: torch.Tensor  # (3, L) int64 m-RoPE rows t, h, w
     images: tuple[ImageInput, ...]
+    image_rows: torch.Tensor = NONE  # (I,) int64, where the image tokens are
 
     @property
     def next_position(self) -> int:
@@ -141,6 +161,7 @@ class Pack:
     row_index: torch.Tensor  # (N,) int64: the stream row whose hidden state predicts rows.tokens[i]
     rows: Rows
     images: tuple[ImageInput, ...] = ()  # in stream order
+    image_rows: torch.Tensor = NONE  # (I,) int64, the stream rows of the image tokens
 
 
 @dataclass(frozen=True)
@@ -171,6 +192,6 @@ class ImageRecord:
     source: str  # file name, or "scene 17 of val": what an error message names
     width: int
     height: int
-    target: BoxTarget
+    target: Any  # BoxTarget or another the task knows
     categories: tuple[str, ...]  # every category of the dataset, in its order
     load: Callable[[], Any]  # () -> PIL RGB image of width x height; raises ValueError naming the source

@@ -59,7 +59,7 @@ def add_samples(run_folder: Path | str, step: int, samples: list[dict]) -> None:
     """Append evaluation samples of `step` to samples.jsonl, by one write.
 
     samples: dicts with `id`; `width`, `height` (original pixels); `boxes` [{"label", "bbox"}], the truth; `items`
-    [{"label", "bbox", "score"}], the predictions; `text`; `reward`; and the picture as `image_png_base64` (PNG or JPEG
+    [{"label", "bbox", "score"}], the predictions; `text`; `reward`; `expected`, the right text of tasks that have one; and the picture as `image_png_base64` (PNG or JPEG
     bytes) or as `image_file`, a path relative to the run folder. A bbox is xyxy in original pixels.
     """
     if samples:
@@ -203,8 +203,10 @@ def _sample(folder: Path, sample: dict) -> str:
     reward = number(sample.get("reward"))
     caption = f"step {sample['step']}" + (f", reward {short(reward)}" if reward is not None else "")
     text = sample.get("text")
+    expected = sample.get("expected")
+    wanted = f'<pre class="soft">{escape(expected)}</pre>' if isinstance(expected, str) and expected else ""
     answer = f"<pre>{escape(text)}</pre>" if isinstance(text, str) and text else '<p class="soft">empty answer</p>'
-    return f"<figure>{_picture(folder, sample)}<figcaption>{caption}</figcaption>{answer}</figure>"
+    return f"<figure>{_picture(folder, sample)}<figcaption>{caption}</figcaption>{answer}{wanted}</figure>"
 
 
 def _picture(folder: Path, sample: dict) -> str:

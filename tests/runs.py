@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,13 @@ SHORT = [
 ]
 
 
+@dataclass(frozen=True)
 class RiggedDet(DetTask):
     """Detection whose reward is a hash of the text, from 0 to 1; the groups of the samples `flat` are worth 0.5."""
 
-    def __init__(self, flat=()):
-        self.flat = frozenset(flat)
+    flat: tuple[str, ...] = ()
 
-    def reward(self, texts, samples):
+    def reward(self, texts, samples, *, progress=1.0):
         _, parts = super().reward(texts, samples)
         values = [
             [500 if sample.id in self.flat else zlib.crc32(text.encode()) % 1001 for text in group]
@@ -255,6 +256,7 @@ def train_here(argv: list, task=None):
     """train.py in this process with the rigged reward, or another task. Returns (session, spy) after the run."""
     import pytest
 
+    import pr1.session
     from pr1.session import run_program
     from pr1.tasks import TASKS
     from pr1.train import train
@@ -268,6 +270,7 @@ def train_here(argv: list, task=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # else the run sets its own number of threads for all tests to come
         patch.setitem(TASKS, "det", task or RiggedDet())
+        patch.setattr(pr1.session, "lint_before_training", lambda *_: None)  # a rigged reward ranks nothing rightly
         spy = Spy(patch.setattr)
         assert run_program([str(a) for a in argv], "train.py", "", body) == 0
     return sessions[0], spy

@@ -174,7 +174,7 @@ def test_model_without_usable_weights(damage, refused, tmp_path):
     (["--max-prompt-tokens", "20"], ["scene ", "--max-prompt-tokens is 20", "--max-pixels"]),
     (["--images", "x"], ["--images", "--data"]),
     (["--eval-data", "x"], ["--eval-data", "--data"]),
-    (["--task", "detection"], ["unknown task 'detection'", "det"]),
+    (["--task", "detection"], ["--task is 'detection'", "det"]),
     (["--wandb"], ["pip install wandb"]),
 ])  # fmt: skip
 def test_flags(flags, says, refused):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pr1.data import coco
+from pr1.data import images as image_files
 from pr1.data.coco import load_coco
 from pr1.tasks import TASKS
 
@@ -198,7 +198,7 @@ def test_bad_input(good, kind, many, monkeypatch):
     spoil, message = BAD[kind]
     spoil(data, folder)
     if many:
-        monkeypatch.setattr(coco, "FULL_DECODE", 0)
+        monkeypatch.setattr(image_files, "FULL_DECODE", 0)
     with pytest.raises(ValueError, match=rf"(?s){message}") as raised:
         load(data, folder)
     assert str(folder.parent) in str(raised.value)
@@ -210,7 +210,7 @@ def test_a_long_check_decodes_only_files_without_an_end(good, monkeypatch):
         file.write(b"appended by a camera")
     Image.open(folder / "c.png").save(folder / "c.bmp")
     data["images"][2]["file_name"] = "c.bmp"
-    monkeypatch.setattr(coco, "FULL_DECODE", 0)
+    monkeypatch.setattr(image_files, "FULL_DECODE", 0)
     decoded, original = [], Image.Image.load
 
     def spy(image):

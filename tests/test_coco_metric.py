@@ -11,7 +11,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pr1.coco_metric import coco_ap, coco_ground_truth, coco_results, det_metrics, read_predictions, write_predictions
+from pr1.coco_metric import coco_ap, coco_ground_truth, coco_results, det_metrics, read_predictions
+from pr1.predictions import write_predictions
 from pr1.records import BoxTarget, ImageRecord
 from pr1.tasks import TASKS
 

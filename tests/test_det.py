@@ -19,7 +19,7 @@ from pr1.tasks import TASKS
 
 DET = TASKS["det"]
 NAMES = sorted(FAMILIES)
-PARTS = {"precision", "recall", "iou", "count_ratio", "format"}
+PARTS = {"f1", "precision", "recall", "iou", "count_ratio", "format"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def test_build_decodes_once_and_keeps_the_target():
     target = BoxTarget(np.array([[1.0, 2, 3, 4]]), ("cat",), np.array([False]), image_id=9)
     record = ImageRecord("9", "a.jpg", 30, 20, target, ("cat",), lambda: Image.new("RGB", (30, 20), (1, 2, 3)))
     sample = DET.build(record, Family)
-    assert (sample.id, sample.task, sample.target) == ("9", "det", target)
+    assert (sample.id, sample.task) == ("9", "det")
+    assert sample.target.boxes is target.boxes and sample.target.categories == ("cat",)
     assert sample.frames == (Unit(30, 20, 30, 20, "qwen2_5_vl"),)
     assert sample.images[0].size == (30, 20) and sample.images[0].getpixel((0, 0)) == (1, 2, 3)
     assert sample.messages == DET.messages(record)
@@ -116,11 +117,11 @@ def test_parse_of_answer_is_exact(family):
     objects = [("a", (10, 20, 200, 300)), ("b", (400, 400, 480, 620)), ("a", (10, 20, 220, 310))]
     sample = make_sample(objects, family)
     score, parts = reward_of(DET.answer(sample), sample)
-    assert score == 1.0 and parts == {"precision": 1.0, "recall": 1.0, "iou": 1.0, "count_ratio": 1.0, "format": 1.0}
+    assert score == 1.0 and parts == dict.fromkeys(PARTS, 1.0)
 
 
 def test_unknown_task_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown task 'detect'.*det"):
+    with pytest.raises(ValueError, match=r"--task is 'detect'.*det"):
         TASKS["detect"]
 
 

@@ -68,16 +68,20 @@ class Talker:
 
     def __init__(self, monkeypatch):
         import pr1.predict
+        from pr1.tasks.det import DetTask
 
-        generate = pr1.predict.generate
+        build, stream, samples = DetTask.build, pr1.predict.stream, []
 
-        def talk(policy, samples, *args, **kwargs):
-            return [
-                self.rewrite(policy.family, s, r)
-                for s, r in zip(samples, generate(policy, samples, *args, **kwargs), strict=True)
-            ]
+        def kept(task, record, family):
+            samples.append(build(task, record, family))
+            return samples[-1]
 
-        monkeypatch.setattr(pr1.predict, "generate", talk)
+        def talk(policy, *args, **kwargs):
+            for (rollout,) in stream(policy, *args, **kwargs):
+                yield (self.rewrite(policy.family, samples[rollout.prompt], rollout),)
+
+        monkeypatch.setattr(DetTask, "build", kept)
+        monkeypatch.setattr(pr1.predict, "stream", talk)
 
     @staticmethod
     def rewrite(family, sample, rollout):

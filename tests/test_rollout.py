@@ -172,7 +172,7 @@ def test_the_answers_are_worth_comparing(family, answers):
     assert sum(len(ids) >= 5 for ids in answers) >= 3 and max(map(len, answers)) > 40
 
 
-@pytest.mark.parametrize("group_size, batch", [(1, 256), (1, 4), (3, 256), (3, 7), (3, 1)])
+@pytest.mark.parametrize("group_size, batch", [(1, 256), (1, 4), (3, 7), (3, 1), (16, 24)])
 def test_greedy_equals_transformers_token_for_token(family, answers, group_size, batch):
     rollouts = generate(policy_of(family), make_samples(family), group_size, greedy(), seed=1, step=2, batch=batch)
     assert [(r.prompt, r.completion) for r in rollouts] == [(p, g) for p in range(6) for g in range(group_size)]
@@ -267,7 +267,7 @@ def test_batches_and_shares_change_nothing(family):
     assert_same([r for i in range(6) for r in run(samples[i : i + 1], first=i)], whole)
     encoded, done = [policy.family.encode(s) for s in samples], []
     assert_same(run(prompts=encoded, on_batch=done.append, batch=12), whole)
-    assert done == [4, 2]
+    assert done == [1] * 6
     assert all(r.inputs is encoded[r.prompt] for r in run(prompts=encoded))
 
 

@@ -27,7 +27,7 @@ from pr1.tasks import TASKS
 from pr1.world import World
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-PARTS = ("precision", "recall", "iou", "count_ratio", "format")
+PARTS = ("f1", "precision", "recall", "iou", "count_ratio", "format")
 STAGES = ("data", "rollout", "reward", "pack", "reference", "update")
 STEP_KEYS = {
     *("step reward reward_std kl entropy completion_tokens truncated flat_groups clipped logp_gap logp_gap_max".split()),
@@ -121,7 +121,7 @@ def test_reloaded_checkpoint_evaluates_alike(whole):
 
 def test_config_is_complete(whole):
     record = json.loads((whole.folder / "config.json").read_text())
-    cfg = dataclasses.asdict(whole.session.cfg)
+    cfg = {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(whole.session.cfg).items()}
     assert record["config"] == cfg and set(cfg) == {f.name for f in dataclasses.fields(Config)}
     assert cfg["model"] == whole.model and cfg["kl_coef"] == 0.1  # flags, not defaults
     for budget in ("feature_cache_mb", "pack_tokens", "rollout_batch", "max_pixels", "max_prompt_tokens"):
@@ -210,7 +210,7 @@ def test_loss_and_gradient_of_each_step(case, models, tmp_path):
     name, extra = CASES[case]
     first = PromptSampler(TRAIN_SCENES, 0).draw(1)[0]
     flags = [*SHORT, "--model", models[name], "--run-dir", tmp_path / "run", "--steps", 2, "--warmup-steps", 0]
-    session, spy = train_here([*flags, *extra.split()], RiggedDet([f"train-{first}"]))
+    session, spy = train_here([*flags, *extra.split()], RiggedDet(flat=(f"train-{first}",)))
     cfg, total = session.cfg, 0.0
     reference = plain_model(models[name]) if cfg.kl_coef else None
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -269,7 +269,7 @@ def test_tower_moves_only_when_told(extra, moves, models, tmp_path):
 
 def test_a_broken_gradient_stops_before_the_weights(models, tmp_path):
     class Infinite(RiggedDet):
-        def reward(self, texts, samples):
+        def reward(self, texts, samples, *, progress=1.0):
             rewards, parts = super().reward(texts, samples)
             return rewards * 3e38, parts
 
@@ -289,7 +289,7 @@ class LiveAt(RiggedDet):
     def __init__(self, order, live):
         self.ids = {f"train-{order[i]}" for i in live}
 
-    def reward(self, texts, samples):
+    def reward(self, texts, samples, *, progress=1.0):
         group = len(texts[0])
         spread = np.linspace(0, 1, group, dtype=np.float32)
         rewards = np.stack([spread if s.id in self.ids else np.full(group, 0.5, np.float32) for s in samples])

@@ -6,21 +6,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
+from pr1.data.images import load_image, verify_images
 from pr1.records import BoxTarget, ImageRecord
-
-FULL_DECODE = 2000  # up to this many images are decoded whole when they are verified (some 10 ms each)
-UNCONVERTIBLE = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # modes of which Pillow's convert("RGB") clips the values
-# What a complete file ends with.
-END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB\x60\x82"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ def load_coco(
     counts: Counter = Counter(images=len(images), boxes=0, crowd=0, clipped=0, no_area=0, outside=0)
     boxes = _read_boxes(where, data["annotations"], images, names, counts)
     if verify and images_dir is not None:
-        _verify(where, images, paths)
+        verify_images(where, {paths[i]: (image["width"], image["height"]) for i, image in images.items()})
     categories = tuple(names.values())
     records = []
     for image_id in sorted(images):
@@ -82,25 +75,6 @@ def load_coco(
     counts["empty_images"] = sum(not r.target.labels for r in records)
     _report(log, where, counts, len(categories))
     return CocoDataset(tuple(records), categories, {name: i for i, name in names.items()}, dict(counts))
-
-
-def load_image(path: str | Path | None, size: tuple[int, int]) -> Image.Image:
-    """The stored pixels as RGB. Raises ValueError if the file is broken or not of `size` (width, height), or if there is
-    none because the annotations were read alone."""
-    if path is None:
-        raise ValueError("these annotations were read without their images; give their folder (--images)")
-    problem = _header_problem(path, size)
-    if problem:
-        raise ValueError(f"{path}: {problem}")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except _BROKEN as error:
-        raise ValueError(f"{path}: the image cannot be decoded ({error}); replace the file") from error
-
-
-# What Pillow raises for files that are no images, are cut, or claim absurd sizes.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 
 
 def _read_instances(file: str | Path) -> dict:
@@ -228,60 +202,6 @@ def _area(entry: dict, box: tuple) -> float:
     if _is_number(area) and area > 0:
         return float(area)
     return float((box[2] - box[0]) * (box[3] - box[1]))
-
-
-def _verify(where: str, images: dict[int, dict], paths: dict[int, str]) -> None:
-    """Every header's size; every pixel of a small set, else the end of every file. Pillow decodes without the GIL."""
-    full = len(images) <= FULL_DECODE
-
-    def check(image_id: int) -> str | None:
-        image = images[image_id]
-        problem = _header_problem(paths[image_id], (image["width"], image["height"]))
-        return problem or _content_problem(paths[image_id], full)
-
-    problems = []
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        checks = pool.map(check, images)
-        for image_id, problem in zip(images, tqdm(checks, "checking images", len(images), disable=full), strict=True):
-            if problem:
-                problems.append(f"{images[image_id]['file_name']}: {problem}")
-    if problems:
-        shown = "\n  ".join(problems[:3])
-        raise ValueError(f"{where}: {len(problems)} of {len(images)} image files cannot be used:\n  {shown}")
-
-
-def _header_problem(path, size: tuple[int, int]) -> str | None:
-    try:
-        with Image.open(path) as image:
-            found, mode = image.size, image.mode
-    except _BROKEN as error:
-        return f"not a readable image ({error}); replace the file"
-    if found != tuple(size):
-        return (f"the image is {found[0]}x{found[1]}, but annotated as {size[0]}x{size[1]}; give the images that were "
-                "annotated, not resized or rotated copies (--images), or correct width and height")  # fmt: skip
-    if mode in UNCONVERTIBLE:
-        return f"its pixels are of mode {mode}, which 8-bit RGB would clip; convert the file to 8 bits"
-    return None
-
-
-def _content_problem(path, full: bool) -> str | None:
-    try:
-        with Image.open(path) as image:
-            # A missing marker proves nothing (some cameras append data), so such a file is decoded as well.
-            if full or not _ends_well(path, image.format):
-                image.load()
-    except _BROKEN as error:
-        return f"the image is broken or truncated ({error}); replace the file"
-    return None
-
-
-def _ends_well(path, image_format: str | None) -> bool:
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - 64))
-        tail = file.read().rstrip(b"\0")
-    marker = END_MARKERS.get(image_format or "")
-    return marker is not None and tail.endswith(marker)
 
 
 def _report(log: Callable[[str], None], where: str, counts: Counter, n_categories: int) -> None:
