@@ -16,7 +16,9 @@ import numpy as np
 
 from pr1.records import Answer, Sample
 from pr1.tasks.common import TaskOptions
+from pr1.tasks.count import CountTask
 from pr1.tasks.det import DetTask
+from pr1.tasks.ground import GroundTask
 from pr1.tasks.ocr import OcrTask
 
 
@@ -77,7 +79,7 @@ class _Tasks(dict):
         raise ValueError(f"--task is {name!r}: known are {known}, or a file of your own (path/to/my_task.py)")
 
 
-TASKS: dict[str, Task] = _Tasks(det=DetTask(), ocr=OcrTask())
+TASKS: dict[str, Task] = _Tasks(det=DetTask(), ground=GroundTask(), count=CountTask(), ocr=OcrTask())
 
 
 def load_task(name: str, **options) -> Task:
