@@ -217,8 +217,11 @@ def test_rendered_pages_are_the_same_again_and_differ_by_split():
     assert np.array_equal(np.asarray(a[7].load()), np.asarray(RenderedPages("train", 50, PageOptions.at(1))[7].load()))
     assert [a[i].target.text for i in range(50)] != [b[i].target.text for i in range(50)]
     assert len({a[i].target.text for i in range(50)}) > 45
-    with pytest.raises(ValueError, match="--duplicates"):
-        OCR.rendered("train", 5, 0.5, duplicates=0.5)
+    twice = OCR.rendered("train", 50, 1, duplicates=1.0)
+    for i in range(50):
+        lines = a[i].target.text.split("\n")
+        assert twice[i].target.text.split("\n") == [line for line in lines for _ in range(2)]
+        assert np.array_equal(np.asarray(a[i].load()), np.asarray(twice[i].load()))
 
 
 @pytest.mark.parametrize("name", ["old_books", "tesseract_pages"])

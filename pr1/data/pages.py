@@ -102,13 +102,14 @@ class PageOptions:
     lines: int  # at most
     words: int  # in a line, at most
     noise: int  # amplitude of the uniform pixel noise, grey levels of 255
+    duplicates: float = 0.0  # share of lines transcribed twice: what a policy that repeats itself has learnt from
     dot: int = 3  # pixels a dot is wide and high
 
     @classmethod
-    def at(cls, difficulty: float) -> PageOptions:
+    def at(cls, difficulty: float, duplicates: float = 0.0) -> PageOptions:
         """difficulty 0 to 1."""
         return cls(letters=8 + round(16 * difficulty), lines=1 + round(3 * difficulty), words=1 + round(difficulty),
-                   noise=8 + round(40 * difficulty))  # fmt: skip
+                   noise=8 + round(40 * difficulty), duplicates=duplicates)  # fmt: skip
 
 
 class RenderedPages(Sequence):
@@ -133,9 +134,10 @@ class RenderedPages(Sequence):
         pitch, leading = (DOTS_WIDE + GAP) * self.options.dot, (DOTS_HIGH + 2) * self.options.dot
         width = max(84, max(map(len, lines)) * pitch + draws.integer(8, 28))
         height = max(56, len(lines) * leading + draws.integer(8, 28))
+        said = [line for line in lines for _ in range(1 + (draws.uniform() < self.options.duplicates))]
         return ImageRecord(
             id=f"{self.split}-{index}", source=f"page {index} of {self.split}", width=width, height=height,
-            target=TextTarget("\n".join(lines)), categories=(),
+            target=TextTarget("\n".join(said)), categories=(),
             load=partial(_render, lines, (width, height), self.options, self.split, index),
         )  # fmt: skip
 

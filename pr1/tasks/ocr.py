@@ -36,10 +36,8 @@ class OcrTask(TaskOptions):
         return load_pages(data, images, **options)
 
     def rendered(self, split: str, n: int, difficulty: float, *, duplicates: float = 0.0) -> RenderedPages:
-        """n rendered pages of a split ("train" or "val")."""
-        if duplicates:
-            raise ValueError(f"--duplicates is {duplicates}: task ocr has no objects to annotate twice")
-        return RenderedPages(split, n, PageOptions.at(difficulty))
+        """n rendered pages of a split ("train" or "val"); duplicates: share of lines transcribed twice."""
+        return RenderedPages(split, n, PageOptions.at(difficulty, duplicates))
 
     def messages(self, record: ImageRecord) -> list[dict]:
         """Perception-R1's prompt (arXiv 2504.07954), for training and evaluation alike."""
