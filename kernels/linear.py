@@ -25,6 +25,14 @@ def _product(a, b, out, *, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def all_logits(hidden, weight) -> torch.Tensor:
+    """(N, V) logits of hidden (N, H) and weight (V, H) at once, for a few rows: float32 of half precision on CUDA, as
+    `Head` gives them, else in the dtype of the factors."""
+    if hidden.is_cuda and hidden.dtype.itemsize == 2:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden @ weight.T
+
+
 class Head:
     """The products of one call. hidden (M, H), weight (V, H); gradients are taken of what the flags say."""
 

@@ -136,7 +136,7 @@ class Config:
 RECIPES = {
     "default": {},
     # arXiv 2504.07954 and its released detection script (Qwen2.5-VL-3B, 8 GPUs)
-    "paper": dict(kl_coef=0.04, kl="k3", aggregation="sequence-mean", clip_low=math.inf, clip_high=math.inf,
+    "paper": dict(reward="paper", kl_coef=0.04, kl="k3", aggregation="sequence-mean", clip_low=math.inf, clip_high=math.inf,
                   rollout_cap=math.inf, train_vision=True, schedule="linear", warmup_steps=0, prompts_per_step=14,
                   max_new_tokens=2048),
     # two CPU cores, ten minutes

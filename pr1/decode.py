@@ -7,6 +7,8 @@ parts are joined by their log-sum-exp (Juravsky et al. 2024, "Hydragen", section
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -44,11 +46,13 @@ def token_bytes(text_config, dtype) -> int:
 
 
 class PrefillAttention(PackedAttention):
-    """Prompts side by side; the keys and values of prompt i go into slot slots[i] of the prefix pool."""
+    """Prompts side by side; the keys and values of prompt i go into slot slots[i] of the prefix pool. The bounds in
+    `segments` may be on the CPU: they are read here."""
 
     def __init__(self, segments: Segments, pools: Pools, slots: list[int]):
-        super().__init__(segments)
-        self.pools, self.places = pools, list(zip(slots, segments.cu_q.tolist(), segments.cu_q.tolist()[1:]))
+        bounds, device = segments.cu_q.tolist(), pools.prefix.device
+        super().__init__(replace(segments, cu_q=segments.cu_q.to(device), cu_k=segments.cu_k.to(device)))
+        self.pools, self.places = pools, list(zip(slots, bounds, bounds[1:]))
 
     def __call__(self, layer, query, key, value, scaling):
         for slot, start, end in self.places:
@@ -93,9 +97,10 @@ class DecodeAttention:
         self.lengths = lengths
         if not self.on_cpu:
             return
-        self.longest, self.at, self.row = longest, lengths - 1, torch.arange(len(lengths))
-        self.suffix_mask = None
+        self.longest, self.suffix_mask = longest, None
+        self.rows, self.at = slice(len(lengths)), longest - 1  # a plain copy, a third of the time of an indexed one
         if shortest < longest:
+            self.rows, self.at = torch.arange(len(lengths)), lengths - 1
             outside = torch.arange(longest) >= lengths[:, None]
             self.suffix_mask = _minus_infinity(outside, self.pools.suffix.dtype)[:, None, None]  # (B, 1, 1, t)
 
@@ -105,8 +110,8 @@ class DecodeAttention:
         if not self.on_cpu:
             return decode_attention(query, key, value, prefix[0], prefix[1], self.prefix_lengths, self.members,
                                     suffix[0], suffix[1], self.lengths, scaling)  # fmt: skip
-        suffix[0, self.row, :, self.at] = key
-        suffix[1, self.row, :, self.at] = value
+        suffix[0, self.rows, :, self.at] = key
+        suffix[1, self.rows, :, self.at] = value
         batch, q_heads, dim = query.shape
         heads = key.shape[1]
         k, v = suffix[:, :batch, :, : self.longest]
@@ -135,17 +140,16 @@ class DecodeAttention:
 
         Batched: (P, Hk, Gmax * rep), a missing sibling's place taken by row 0. One by one: groups behind one another.
         """
-        repeat, batch = q_heads // heads, sum(map(len, self.groups))
-        width = max(map(len, self.groups))
-        index, back, done = [], torch.empty(batch, repeat, heads, dtype=torch.int64), 0
-        h, r = torch.arange(heads), torch.arange(repeat)
-        for rows in self.groups:
-            own = torch.tensor(rows + [0] * (width - len(rows)) if self.batched else rows)
-            index.append((own[None, :, None] * q_heads + h[:, None, None] * repeat + r).flatten())  # (Hk, g, rep)
-            place = torch.arange(len(rows))[:, None, None] * repeat + r[:, None]  # results stand as (g, rep, Hk)
-            back[rows] = done + place * heads + h
-            done += len(own) * q_heads
-        self.index, self.back = torch.cat(index), back.flatten()
+        repeat, width = q_heads // heads, max(map(len, self.groups))
+        table = torch.tensor([rows + [-1] * (width - len(rows)) for rows in self.groups])  # (P, Gmax)
+        live, h, r = table >= 0, torch.arange(heads), torch.arange(repeat)
+        index = table.clamp_min(0)[:, None, :, None] * q_heads + h[:, None, None] * repeat + r  # (P, Hk, Gmax, rep)
+        place = live.flatten().nonzero()[:, 0]
+        if not self.batched:
+            index, place = index[live[:, None, :, None].expand_as(index)], torch.arange(len(place))
+        back = torch.empty(len(place), repeat, heads, dtype=torch.int64)
+        back[table[live]] = (place[:, None, None] * repeat + r[:, None]) * heads + h  # results stand as (G, rep, Hk)
+        self.index, self.back = index.flatten(), back.flatten()
 
     def _on_prefix(self, prefix, query, scaling):
         """query (B * Hq, D) -> outputs (B * rep * Hk, D) and their log-sum-exp (B * rep * Hk,)."""

@@ -17,6 +17,7 @@ import torch
 from pr1.decode import DecodeAttention, Pools, PrefillAttention
 from pr1.graphs import Graphs
 from pr1.kernels import Sampling, sample_tokens
+from pr1.kernels.linear import all_logits
 from pr1.kernels.sample import position_keys
 from pr1.records import Prompt, Rollout, Segments
 
@@ -162,7 +163,7 @@ class Engine:
         positions = torch.cat([p.position_ids for p in chunk], 1).to(self.device)
         features = self.policy.features([image for p in chunk for image in p.images])
         hidden = self.policy.run(ids, positions, features, attend)  # (T, H)
-        logits = hidden[(cu[1:] - 1).to(self.device)] @ self.weight.T  # (P, V)
+        logits = all_logits(hidden[(cu[1:] - 1).to(self.device)], self.weight)  # (P, V)
         for prompt, row in zip(chunk, logits):
             self.slots.append(_Slot(self.next, prompt, row))
             self.next += 1
@@ -215,7 +216,7 @@ class Engine:
         self.attend.begin(length, max(self.age), min(self.age))
         positions = self.base[:n] + length - 1
         hidden = self.policy.step(self.token[:n], positions, self.attend)
-        self._draw(hidden @ self.weight.T, slice(0, n))
+        self._draw(all_logits(hidden, self.weight), slice(0, n))
 
     def _step(self) -> None:
         n = len(self.owner)

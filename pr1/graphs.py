@@ -17,6 +17,7 @@ class Graphs:
 
     def __init__(self):
         self.addresses, self.plans, self.memory = None, {}, None
+        self.stream = torch.cuda.Stream()  # of all warm-ups: cuBLAS keeps a workspace for every stream it has seen
 
     def open(self, engine) -> None:
         """Called once a run: puts the static tensors of earlier runs with the same settings in place."""
@@ -31,7 +32,7 @@ class Graphs:
     def replay(self, engine, n: int) -> None:
         """One more token for rows 0..n-1; the rows up to the captured size are done and stay as they are."""
         step = BUCKET if n <= 4 * BUCKET else 2 * BUCKET
-        size = min(-(-n // step) * step, engine.pools.rows)
+        size = min(-(-n // step) * step, engine.rows)  # never by what earlier runs left of pools: resuming is bitwise
         if size not in self.graphs:
             self.graphs[size] = self._capture(engine, size)
         self.graphs[size].replay()
@@ -40,12 +41,11 @@ class Graphs:
         """While every row is done a step changes nothing that is read: the warm-up is harmless."""
         done = engine.done.clone()
         engine.done.fill_(True)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(2):
                 engine.forward(size)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.memory):
             engine.forward(size)

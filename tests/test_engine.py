@@ -16,7 +16,9 @@ from pr1.decode import Pools, PrefillAttention, token_bytes
 from pr1.engine import Engine, pool_sizes
 from pr1.families import load_family
 from pr1.kernels import Sampling
+from pr1.packing import Normaliser, pack, to_device
 from pr1.records import Segments
+from pr1.reference import pack_logprobs
 from pr1.rollout import generate, stream
 
 SIZES = [[(168, 140)], [(84, 84)], [(140, 84), (112, 84)], [], [(112, 112)], [(84, 140)], [(112, 56)]]
@@ -332,3 +334,24 @@ def test_graphs_change_nothing_and_parameters_stay_in_place(family, samples):
     assert captured.items() <= policy.engine.graphs.graphs.items()  # none anew, and yet with the new weights:
     policy.engine.graphs = None
     assert tokens_of(after) == tokens_of(generate(policy, samples, 5, sampling, seed=0, step=0))
+
+
+@pytest.mark.gpu
+def test_half_precision_rollouts_on_a_gpu_are_the_trainers(family, samples):
+    """bfloat16: what the sampler records is at most twice as far from float32 as what the trainer computes; again, the
+    same tokens come, through the graphs captured before."""
+    policy, exact = (make_policy(family, dtype, train_vision=False, device=device)
+                     for dtype, device in ((torch.bfloat16, "cuda"), (torch.float32, "cpu")))  # fmt: skip
+    rollouts = generate(policy, samples, 5, Sampling(max_new_tokens=40), seed=0, step=0, batch=24)
+    assert policy.engine.graphs.graphs
+    assert tokens_of(generate(policy, samples, 5, Sampling(max_new_tokens=40), seed=0, step=0, batch=24)) == tokens_of(
+        rollouts
+    )
+    every = Normaliser("token-mean", 1.0, 1.0, 40)
+    errors = []
+    for p in pack(rollouts, np.ones((len(samples), 5)), 2048, every, drop_flat=False):
+        truth = pack_logprobs(exact, p, 1.0)
+        ours = pack_logprobs(policy, to_device(p, policy.device), 1.0).cpu()
+        errors += [torch.stack([p.rows.logp_rollout - truth, ours - truth])]
+    sampler, trainer = torch.cat(errors, 1).norm(dim=1)
+    assert 0 < float(sampler) <= 2 * float(trainer)
