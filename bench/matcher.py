@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from pr1.matcher import Boxes, MatchCost, linear_sum_assignment_batch, match_boxes, settings
+from pr1.matcher import Boxes, linear_sum_assignment_batch, settings
+from pr1.rewards import score
 
 SHAPES = [(5, 5), (10, 10), (20, 20), (50, 50), (100, 100), (300, 300), (10, 20), (20, 50), (50, 20), (100, 300)]
-SET = MatchCost(l1=5.0, giou=2.0, cls=0.0, forbid_other_class=True, min_iou=0.5)
 
 
 def random_boxes(rng, *shape):
@@ -58,16 +58,17 @@ def detection(rng, m, n):
 
 
 def pairwise(a, b):
-    """(m, n) IoU and cost 5 * L1 + 2 * (1 - GIoU) of boxes in a unit image, as one would write it in NumPy."""
-    centre = lambda x: np.concatenate([(x[:, :2] + x[:, 2:]) / 2, x[:, 2:] - x[:, :2]], 1)  # noqa: E731
-    area = lambda x: (x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1])  # noqa: E731
-    overlap = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    overlap = np.clip(overlap, 0, None)
-    hull = np.maximum(a[:, None, 2:], b[None, :, 2:]) - np.minimum(a[:, None, :2], b[None, :, :2])
+    """(..., m, n) IoU and cost 5 * L1 + 2 * (1 - GIoU) of boxes (..., m, 4) and (..., n, 4) in a unit image, as one
+    would write it in NumPy."""
+    centre = lambda x: np.concatenate([(x[..., :2] + x[..., 2:]) / 2, x[..., 2:] - x[..., :2]], -1)  # noqa: E731
+    area = lambda x: (x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1])  # noqa: E731
+    distance = np.abs(centre(a)[..., :, None, :] - centre(b)[..., None, :, :]).sum(-1)
+    area_a, area_b, a, b = area(a)[..., :, None], area(b)[..., None, :], a[..., :, None, :], b[..., None, :, :]
+    overlap = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
+    hull = np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])
     inter, hull = overlap[..., 0] * overlap[..., 1], hull[..., 0] * hull[..., 1]
-    union = area(a)[:, None] + area(b)[None] - inter
+    union = area_a + area_b - inter
     iou = inter / union
-    distance = np.abs(centre(a)[:, None] - centre(b)[None]).sum(-1)
     return iou, 5 * distance + 2 * (1 - iou + (hull - union) / hull)
 
 
@@ -83,11 +84,13 @@ def numpy_reward(problems):
     return np.array(rewards)
 
 
-def our_reward(pred, gt, sizes):
-    match = match_boxes(pred, gt, sizes, SET)
-    quality = np.clip((match.iou - 0.5) / 0.5, 0.0, 1.0)
-    total = np.concatenate([[0.0], np.cumsum(quality)])[match.offsets]
-    return 2 * np.diff(total) / np.maximum(np.diff(pred.offsets) + np.diff(gt.offsets), 1)
+def batched_reward(pred, pred_labels, gt, labels):
+    """The same for problems of one size, (B, m, 4), (B, m), (B, n, 4), (B, n): NumPy over the whole batch at once."""
+    iou, cost = pairwise(pred, gt)
+    legal = (pred_labels[:, :, None] == labels[:, None]) & (iou >= 0.5)
+    cost, quality = np.where(legal, cost, 1e6), np.where(legal, np.clip((iou - 0.5) / 0.5, 0, 1), 0)
+    total = np.array([q[linear_sum_assignment(c)].sum() for q, c in zip(quality, cost, strict=True)])
+    return 2 * total / (pred.shape[1] + gt.shape[1])
 
 
 def set_env(**values):
@@ -188,28 +191,34 @@ def bench_solvers(quick, rounds):
                 }  # fmt: skip
 
 
-def bench_reward(rounds, completions=256, boxes=20):
+def bench_reward(rounds, threads, completions=256, boxes=20):
+    """Boxes -> reward, all of `pr1.rewards.score`, preset `set`, against NumPy + scipy giving the same numbers:
+    completion by completion, as rewards are written, and over the whole batch, which needs as many boxes in each."""
     rng = np.random.default_rng(1)
     problems = [detection(rng, boxes, boxes) for _ in range(completions)]
     pred, gt = (Boxes.pack([p[i] for p in problems], [p[i + 1] for p in problems]) for i in (0, 2))
     sizes = np.ones((completions, 2))
-    set_env(PR1_THREADS=1)
-    expected = numpy_reward(problems)
-    functions = {"numpy + scipy": lambda: numpy_reward(problems)}
+    stacked = [np.stack([p[i] for p in problems]) for i in range(4)]
+    functions = {}
 
     def on(isa):
         def call():
-            set_env(PR1_ISA=isa)
-            return our_reward(pred, gt, sizes)
+            set_env(PR1_ISA=isa, PR1_THREADS=threads)
+            return score(pred, gt, sizes)[0]
 
         return call
 
-    for name in [name for name in solvers(1)[0] if name.startswith("pr1")]:
+    for name in [name for name in solvers(threads)[0] if name.startswith("pr1")]:
         functions[name] = on(name.split()[1])
-        assert np.allclose(functions[name](), expected, atol=1e-9)
+    if threads == 1:
+        functions["numpy + scipy"] = lambda: numpy_reward(problems)
+        functions["numpy batched + scipy"] = lambda: batched_reward(*stacked)
+    expected = numpy_reward(problems)
+    for function in functions.values():
+        assert np.allclose(function(), expected, atol=1e-9)
     seconds = measure(functions, rounds)
     return {
-        "bench": "boxes -> reward", "completions": completions, "boxes": boxes, "threads": 1,
+        "bench": "boxes -> reward", "completions": completions, "boxes": boxes, "threads": threads,
         "mean_reward": round(float(expected.mean()), 4),
         "ms": {name: round(1e3 * value, 3) for name, value in seconds.items()},
     }  # fmt: skip
@@ -252,11 +261,13 @@ def main():
         times = "  ".join(f"{name} {value:.2f}" for name, value in record["us"].items())
         print(f"{record['kind']:8s}{size:>8s}  {record['threads']} thr  left over {record['left_over']:.2f}  us: {times}"
               f"  | {ratios(record['us'])}", flush=True)  # fmt: skip
-    record = bench_reward(rounds)
-    records.append(record)
-    ms = record["ms"]
-    first = next(name for name in ms if name.startswith("pr1"))
-    print(f"boxes -> reward, 256 completions x 20 boxes, ms: {ms}  | {ms['numpy + scipy'] / ms[first]:.1f}x")
+    for threads in (1, 2):
+        record = bench_reward(rounds, threads)
+        records.append(record)
+        ms = record["ms"]
+        first = next(iter(ms))
+        rivals = ", ".join(f"{name} {ms[name] / ms[first]:.1f}x" for name in ms if not name.startswith("pr1"))
+        print(f"boxes -> reward, 256 completions x 20 boxes, {threads} thr, ms: {ms}  | {rivals}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("".join(json.dumps(r) + "\n" for r in records))

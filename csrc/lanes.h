@@ -11,7 +11,8 @@ struct Lanes;
 
 #if PR1_BITS == 512
 
-// Written out, as GCC 12 may spill a mask to the stack with its 8 or 16 bits and read more of them back.
+// Written out, because GCC 12.2 may spill a mask that is used as an integer with kmovb or kmovw, which write 8 or 16
+// bits, and read 64 bits back; so the integer is made here, and is what is spilled.
 PR1_INLINE uint64_t mask_bits(__mmask16 m) {
   uint64_t bits;
   asm("kmovw %1, %k0" : "=r"(bits) : "k"(m));

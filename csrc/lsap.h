@@ -51,7 +51,6 @@ struct Work {
   Buffer<int32_t> row_of_col, col_of_row;           // (s,), (k,); -1: free
   Buffer<int32_t> free_rows, scanned;               // (k,) lists
   Buffer<uint64_t> free_cols;                       // bit j % 64 of word j / 64
-  bool augmented = false;                           // the greedy start did not serve every row
 };
 
 // cost: row-major (m, n), +inf forbids a pair; m and n below 2^24. The answer lies in work.col_of_row when m <= n, else

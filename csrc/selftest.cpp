@@ -26,8 +26,13 @@ void check(bool ok, const char* what) {
 
 struct Answer {
   std::vector<int64_t> rows, cols, offsets;
+  std::vector<double> iou, table;  // of a match
+  std::vector<bool> ignored;
   pr1::Failure failure;
-  bool operator==(const Answer& other) const { return rows == other.rows && cols == other.cols; }
+  bool operator==(const Answer& other) const {
+    return rows == other.rows && cols == other.cols && offsets == other.offsets && iou == other.iou &&
+           table == other.table && ignored == other.ignored;
+  }
 };
 
 Answer assign(const std::vector<pr1::CostMatrix>& problems, const Settings& settings) {
@@ -92,7 +97,7 @@ struct Mixture {
 
   explicit Mixture(std::mt19937& random) {
     for (int b = 0; b < 200; ++b) {
-      const int m = random() % 40, n = b % 50 ? random() % 40 : 130;
+      const int m = random() % 71, n = b % 50 ? random() % 71 : 130;
       costs.emplace_back(m * n);
       for (float& c : costs.back()) c = b % 2 ? random() % 10 : random() * 1e-9f;
       problems.push_back({costs.back().data(), false, m, n});
@@ -119,13 +124,16 @@ struct Mixture {
     pr1::match_offsets(pred, gt, batch, answer.offsets.data(), table_offsets.data());
     answer.rows.resize(answer.offsets[batch]);
     answer.cols.resize(answer.offsets[batch]);
-    std::vector<double> iou(answer.offsets[batch]), table(table_offsets[batch]);
+    answer.iou.resize(answer.offsets[batch]);
+    answer.table.resize(table_offsets[batch]);
     const auto ignored = std::make_unique<bool[]>(labels.size());
     answer.failure = pr1::match_batch(pred, gt, sizes.data(), batch, weights, settings,
-                                      {answer.rows.data(), answer.cols.data(), answer.offsets.data(), iou.data(),
-                                       table.data(), table_offsets.data(), ignored.get()});
+                                      {answer.rows.data(), answer.cols.data(), answer.offsets.data(),
+                                       answer.iou.data(), answer.table.data(), table_offsets.data(), ignored.get()});
     answer.rows.resize(answer.offsets[batch]);
     answer.cols.resize(answer.offsets[batch]);
+    answer.iou.resize(answer.offsets[batch]);
+    answer.ignored.assign(ignored.get(), ignored.get() + labels.size());
     return answer;
   }
 };

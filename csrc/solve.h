@@ -8,8 +8,8 @@
 //    free one. If this serves every row it is optimal.
 // 3. For each row left over, in order: Dijkstra's shortest augmenting path. It ends at a free column before it goes on
 //    through a taken one at the same distance, and takes the lowest index among equals.
-// Augmenting row reduction between 2 and 3, usual elsewhere, made every size and kind measured slower: a sweep of 3 is
-// as cheap as a sweep of the reduction, and few are needed.
+// There is no augmenting row reduction between 2 and 3, as is usual elsewhere: a sweep of 3 costs what a sweep of the
+// reduction does, and few are needed.
 
 // N: vectors a row takes if known when compiling, so that the state of a search stays in registers; else 0.
 template <class T, int N>
@@ -115,7 +115,8 @@ class Solver {
     return !bad;
   }
 
-  // Whether all sums of costs that the later steps form are finite in T and, for whole numbers, exact.
+  // Whether all sums of costs that the later steps form are finite in T and, for whole numbers, exact. In float32,
+  // 2^24 - 1 and -2^24 are exact but their difference is not, and a column that is better by one would tie.
   bool fits(T most) const {
     const int64_t count = static_cast<int64_t>(rows_) * stride();
     if (most == kInf) {
@@ -255,7 +256,6 @@ class Solver {
     const bool square = rows_ == cols_;
     if (square && !fits(most)) return Status::kTooLarge;
     if (!(square ? greedy<true>() : greedy<false>())) return Status::kInfeasible;
-    work_.augmented = free_count_ > 0;
     if (free_count_ && !square && !fits(most)) return Status::kTooLarge;
     for (int k = 0; k < free_count_; ++k) {
       if (!augment(free_rows_[k])) return Status::kInfeasible;

@@ -37,9 +37,8 @@ def linear_sum_assignment_batch(costs) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     Ties: the result depends on the problem's own costs only, not on threads or instruction set. The shorter side (rows
     when square) goes first: each row in order takes its cheapest column if it is free, of equally cheap ones the lowest
-    free one. If rows are left over they are served by augmenting row reduction and shortest augmenting paths in the
-    order csrc/solve.h states; of equally short paths one that ends in a free column wins over one that goes on, then
-    the lowest index. So a constant matrix gives the pairs (0, 0), (1, 1), ...
+    free one. If rows are left over they are served by shortest augmenting paths in the order csrc/solve.h states; of
+    equally short paths one that ends in a free column wins over one that goes on, then the lowest index. So a constant matrix gives the pairs (0, 0), (1, 1), ...
 
     Raises ValueError naming the problem when it holds NaN or -inf, when it has no complete assignment without a
     forbidden pair, or when it is not a real matrix.

@@ -203,6 +203,11 @@ def test_ladders_fall_strictly(family, scale, n):
         check_ladders(COUNT, make_sample(boxes, family, scale=scale))
 
 
+def test_location_moves_the_largest_box_alone():
+    ladder = COUNT.ladders(make_sample([A, B, (700, 700, 900, 1000)]))["location y"]
+    assert ladder[1:] == [text_of([A, B, (700, 700 + d, 900, 1000 + d)]) for d in (6, 30, 90)]
+
+
 @pytest.mark.parametrize("family", NAMES)
 def test_ladders_of_bare_counts(family):
     for n in (1, 2, 3, 30):

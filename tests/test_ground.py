@@ -242,7 +242,10 @@ def test_ladders_fall_strictly(family, scale):
         x, y, w, h = (rng.random() * m for m in (700, 700, rng.choice([3, 30, 300]), rng.choice([3, 30, 300])))
         boxes.append((x, y, x + w, y + h))
     for box in boxes:
-        check_ladders(GROUND, make_sample(box, family, scale=scale))
+        sample = make_sample(box, family, scale=scale)
+        check_ladders(GROUND, sample)
+        for found in GROUND.boxes(GROUND.answer(sample), sample):
+            assert (found.xyxy >= 0).all() and (found.xyxy <= 1000).all() and found.valid
     check_ladders(GroundTask(thinking=True), make_sample(A, family))
 
 

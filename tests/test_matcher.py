@@ -138,6 +138,13 @@ def test_large_whole_numbers_in_float32_are_exact(shape):
     assert (ours == [cost[linear_sum_assignment(cost)].astype(np.float64).sum() for cost in costs]).all()
 
 
+def test_a_difference_that_float32_cannot_hold_does_not_become_a_tie():
+    """Each entry is exact in float32; row 0 less the columns' least costs is 2^25 - 1 in column 1, 2^25 elsewhere."""
+    big = 2.0**24
+    costs = np.array([[[big, big - 1, big], [-big] * 3, [-big] * 3]], np.float32)
+    assert linear_sum_assignment_batch(costs)[1][0] == 1
+
+
 def test_float32_near_its_end_does_not_overflow():
     small = np.random.default_rng(8).integers(-4, 5, (500, 6, 6)).astype(np.float32)
     ours = totals(small, *linear_sum_assignment_batch(small * np.float32(2.0**125))[:2])

@@ -146,7 +146,7 @@ def test_sanitizers_find_nothing(sanitizers, tmp_path):
         pytest.skip(f"{compiler} lacks -fsanitize={sanitizers} here")
     configure = [CMAKE, "-S", str(ROOT), "-B", str(tmp_path), f"-DSANITIZE={sanitizers}"]
     subprocess.run(configure, check=True, capture_output=True, timeout=120)
-    subprocess.run([CMAKE, "--build", str(tmp_path)], check=True, capture_output=True, timeout=300)
+    subprocess.run([CMAKE, "--build", str(tmp_path)], check=True, capture_output=True, timeout=600)
     run = subprocess.run([str(tmp_path / "selftest")], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count(" ok") == len(ISAS)

@@ -204,8 +204,8 @@ def coco(folder):
                    {"id": 2, "file_name": "train2014/b.png", "width": 64, "height": 48},
                    {"id": 3, "file_name": "train2014/b.png", "width": 64, "height": 48}],
         "annotations": [{"image_id": i, "category_id": c, "bbox": b, "iscrowd": crowd} for i, c, b, crowd in rows],
-        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "sheep"},
-                       {"id": 4, "name": "cow"}],
+        "categories": [{"id": 4, "name": "cow"}, {"id": 1, "name": "cat"}, {"id": 2, "name": "dog"},
+                       {"id": 3, "name": "sheep"}],
     }  # fmt: skip
 
 

@@ -21,7 +21,6 @@ from pr1.rewards.tables import (
     aligned_giou,
     all_pairs,
     counts,
-    inside_ignored,
     problems,
     quality,
     select,
@@ -286,10 +285,9 @@ def score(
     n_pred, n_known = (n_boxes if n is None else np.asarray(n) for n in (n_pred, n_known))
     said = format_ok = np.ones(size, bool) if format_ok is None else np.asarray(format_ok, bool)
     if gt.ignore is not None and gt.ignore.any():
-        inside, gt_only = inside_ignored(pred, gt), select(gt, ~gt.ignore)
-        ignored = inside & ~hits_target(pred, gt_only, sizes, inside)
+        ignored = ignored_predictions(pred, gt, sizes)
         said = said | (np.bincount(problems(pred.offsets), ignored, size) > 0)
-        pred, gt = select(pred, ~ignored), gt_only
+        pred, gt = select(pred, ~ignored), select(gt, ~gt.ignore)
         removed = n_boxes - counts(pred.offsets)
         n_pred, n_known = n_pred - removed, n_known - removed
     match = match_boxes(pred, gt, sizes, chosen.cost)
@@ -298,11 +296,11 @@ def score(
     return weigh(parts, chosen.weights, weights), parts
 
 
-def hits_target(pred: Boxes, gt: Boxes, sizes: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """(M,) bool: predictions with a partner of IoU > .5 in the matching of `set`; only those `among` are asked for."""
-    hit = np.zeros(len(pred.boxes), bool)
-    if among.any():
-        match = match_boxes(pred, gt, sizes, SET_COST)
-        rows = match.rows + pred.offsets[problems(match.offsets)]
-        hit[rows[match.iou > 0.5]] = True
-    return hit
+def ignored_predictions(pred: Boxes, gt: Boxes, sizes: np.ndarray) -> np.ndarray:
+    """(M,) bool: predictions more than half inside an ignore region of their class, but for those whose pair in the
+    matching of `set` is worth more than 0."""
+    match = match_boxes(pred, gt, sizes, SET_COST)
+    ignored = match.ignored
+    rows = match.rows + pred.offsets[problems(match.offsets)]
+    ignored[rows[match.iou > 0.5]] = False
+    return ignored

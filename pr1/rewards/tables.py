@@ -87,15 +87,3 @@ def all_pairs(pred_offsets: np.ndarray, gt_offsets: np.ndarray) -> tuple[np.ndar
     first = np.repeat(np.cumsum(per_row) - per_row, per_row)  # where a prediction's row of the table begins
     cols = np.arange(len(rows)) - first + np.repeat(np.repeat(gt_offsets[:-1], m), per_row)
     return rows, cols
-
-
-def inside_ignored(pred: Boxes, gt: Boxes) -> np.ndarray:
-    """(M,) bool: predictions with more than half of their own area inside one ignore region of their class."""
-    inside = np.zeros(len(pred.boxes), bool)
-    if gt.ignore is None or not gt.ignore.any():
-        return inside
-    regions = Boxes(gt.boxes[gt.ignore], gt.labels[gt.ignore], np.concatenate([[0], np.cumsum(gt.ignore)])[gt.offsets])
-    rows, cols = all_pairs(pred.offsets, regions.offsets)
-    a, b = pred.boxes[rows], regions.boxes[cols]
-    inside[rows[(intersection(a, b) > 0.5 * area(a)) & (pred.labels[rows] == regions.labels[cols])]] = True
-    return inside
