@@ -125,6 +125,8 @@ int thread_count() {
 
 void parallel_for(int64_t count, int64_t block, double estimate, int threads,
                   const std::function<void(int64_t, int64_t)>& work) {
+  // A few large problems must not all land in one block.
+  if (estimate > 0) block = std::clamp<int64_t>(static_cast<int64_t>(count * kBlockNanoseconds / estimate), 1, block);
   const int64_t blocks = (count + block - 1) / block;
   const int helpers = static_cast<int>(std::min<int64_t>(threads, blocks)) - 1;
   if (helpers > 0 && estimate >= kWorthThreads && pool().run(count, block, helpers, work)) return;

@@ -11,11 +11,12 @@ namespace pr1 {
 // from 1 to 1024.
 int thread_count();
 
-// Calls work(begin, end) over [0, count) in blocks of `block`, on up to `threads` threads, the caller being one of
+// Calls work(begin, end) over [0, count) in blocks of at most `block`, on up to `threads` threads, the caller being one of
 // them, and returns when all is done. `work` must not throw. Work that takes less than about kWorthThreads nanoseconds
 // (`estimate`) stays on the calling thread, since waking others takes as long; so does a call made while another one
 // has the pool. A process made by fork() gets threads of its own.
 constexpr double kWorthThreads = 2e5;
+constexpr double kBlockNanoseconds = 2e4;  // a block is no longer than this, unless one item is
 void parallel_for(int64_t count, int64_t block, double estimate, int threads,
                   const std::function<void(int64_t, int64_t)>& work);
 
