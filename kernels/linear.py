@@ -26,11 +26,10 @@ def _product(a, b, out, *, add: bool = False) -> None:
 
 
 def all_logits(hidden, weight) -> torch.Tensor:
-    """(N, V) logits of hidden (N, H) and weight (V, H) at once, for a few rows: float32 of half precision on CUDA, as
-    `Head` gives them, else in the dtype of the factors."""
+    """(N, V) logits of hidden (N, H) and weight (V, H) at once, for a few rows, in the dtype `Head` gives them."""
     if hidden.is_cuda and hidden.dtype.itemsize == 2:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden @ weight.T
+    return widened(hidden) @ widened(weight).T
 
 
 class Head:

@@ -90,6 +90,7 @@ CASES = {  # flags; flat places; groups of each rank
     "refill": ("--prompts-per-step 3 --max-refill 3 --aggregation sequence-mean --group-size 2", (0, 2, 3), [0, 3]),
     # behind the first update weights differ by Adam's share of the rounding, but kl is no longer 0
     "two updates": ("--prompts-per-step 3 --updates-per-batch 2 --kl-coef 0.01 --lr 1e-3", (), [1, 2]),
+    "few rows": ("--prompts-per-step 5 --rollout-batch 4 --max-new-tokens 24", (), [2, 3]),  # refilled in mid-flight
     "several packs": ("--prompts-per-step 3 --pack-tokens 90 --entropy-coef 0.01", (), [1, 2]),
 }  # fmt: skip
 
