@@ -46,7 +46,8 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 BIG = {"hidden": 2048, "layers": 36, "heads": 16, "kv_heads": 2}
 # case -> prompts, G, C, image sides (none: rendered scenes), shape of the model (none: the embedded one)
 CPU_CASES = {"embedded": (16, 8, 50, None, None),
-             "41M": (2, 8, 100, 1064, {"hidden": 640, "layers": 12, "heads": 10, "kv_heads": 2})}  # fmt: skip
+             "41M": (2, 8, 100, 1064, {"hidden": 640, "layers": 12, "heads": 10, "kv_heads": 2}),
+             "104M": (2, 8, 100, 1064, {"hidden": 1024, "layers": 12, "heads": 16, "kv_heads": 2})}  # fmt: skip
 QUICK_CASES = {"embedded": (4, 4, 12, None, None),
                "tiny": (2, 8, 12, 560, {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 2})}  # fmt: skip
 GPU_CASES = {f"3B batch {b} G {g}": (b // g, g, 100, 1064, BIG) for b in (64, 128, 256) for g in (8, 16)}
