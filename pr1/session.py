@@ -47,7 +47,9 @@ class Session:
         say = print if world.main else (lambda *_: None)
         if cfg.deterministic:
             if world.device.type == "cuda" and (cfg.top_p < 1 or cfg.top_k):
-                raise ValueError("--deterministic: --top-p and --top-k have no deterministic kernel on a GPU; leave one out")
+                raise ValueError(
+                    "--deterministic: --top-p and --top-k have no deterministic kernel on a GPU; leave one out"
+                )
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
             torch.use_deterministic_algorithms(True)
         self.task = build_task(cfg)
