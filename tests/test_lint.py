@@ -189,3 +189,12 @@ def test_the_program(capsys, tmp_path):
     assert "violated: sample val-" in capsys.readouterr().out
     assert main(["--task", "det", "--data", str(tmp_path / "none.json")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_weights_of_ones_own_are_a_warning():
+    """The exact answer of a weighted `set` need not be worth 1, and training is not refused for it."""
+    family, said = FAMILIES["qwen2_5_vl"], []
+    task, records = DetTask(weights=(("f1", 0.0), ("count_ratio", 0.5))), SceneDataset("val", 4, SceneOptions.at(0.7))
+    lint_before_training(task, family, records, said.append)
+    assert len(said) == 1 and said[0].startswith("warning: the reward set ranks answers wrongly")
+    assert "exact is worth 1" not in lint(task, [without_pixels(task, family, records[0])]).rows

@@ -99,6 +99,13 @@ def test_ladders_fall_and_zeros_are_zero():
             assert all(reward(text, wanted, task) == 0 for text in task.zeros(sample(wanted)).values())
 
 
+def test_weights_act_or_fail():
+    task = replace(OCR, weights=(("length_ratio", 0.5), ("similarity", 0.25)))
+    assert reward("ab", "abcd", task) == pytest.approx(0.5 * 0.5 + 0.25 * 0.5)
+    with pytest.raises(ValueError, match="--reward-weights names 'f1'"):
+        replace(OCR, weights=(("f1", 1.0),))
+
+
 def test_unequal_groups_are_refused():
     with pytest.raises(ValueError, match="2 groups"):
         OCR.reward([["a"], ["a", "b"]], [sample("a"), sample("b")])

@@ -7,11 +7,12 @@ task with another reward.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from pr1.predictions import read_answers
+from pr1.records import ImageRecord, Sample
 
 # DeepSeek-R1's form as Perception-R1 asks for it (arXiv 2504.07954, appendix).
 THINKING_REQUEST = " Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
@@ -55,6 +56,11 @@ class TaskOptions:
         end = text.find("</answer>", start)
         return start, len(text) if end < 0 else end, False
 
+    def build(self, record: ImageRecord, family) -> Sample:
+        """Record -> sample; decodes the image. Raises ValueError naming the source if it cannot be decoded."""
+        return Sample(id=record.id, task=self.name, messages=self.messages(record), images=(record.load(),),
+                      frames=(family.frame(record.width, record.height),), target=record.target)  # fmt: skip
+
     def truth(self, record) -> list[dict]:
         """What to draw of the annotation, {"label", "bbox"} in original pixels: the boxes of a BoxTarget."""
         target = record.target
@@ -71,3 +77,27 @@ class TaskOptions:
     def spoken(self, answer: str) -> str:
         """The target text of supervised training: the answer, in the think/answer form when that is asked for."""
         return f"<think></think><answer>{answer}</answer>" if self.thinking else answer
+
+
+def group_size(texts: Sequence[Sequence[str]], samples: Sequence[Sample]) -> int:
+    """G of P groups of G texts for P samples. Raises ValueError when they do not fit."""
+    sizes = {len(group) for group in texts}
+    if len(texts) != len(samples) or len(sizes) > 1:
+        raise ValueError(f"{len(texts)} groups of {sorted(sizes)} texts for {len(samples)} samples: need one equal group "
+                         "each")  # fmt: skip
+    return sizes.pop() if sizes else 0
+
+
+def by_record(predictions: Sequence[Mapping], records: Sequence) -> list[Mapping | None]:
+    """The prediction for each record, found by id; None where there is none.
+
+    Raises ValueError for no records and for a prediction of an id that the data does not have.
+    """
+    if not len(records):
+        raise ValueError("there is nothing to evaluate on: no records")
+    lines = {line["id"]: line for line in predictions}
+    unknown = lines.keys() - {record.id for record in records}
+    if unknown:
+        raise ValueError(f"the predictions hold {len(unknown)} ids that the data does not have, such as "
+                         f"{min(unknown)!r}; give the data they were made on (--data)")  # fmt: skip
+    return [lines.get(record.id) for record in records]

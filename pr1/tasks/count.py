@@ -23,7 +23,8 @@ from pr1.matcher import Boxes
 from pr1.records import ImageRecord, Sample
 from pr1.rewards import COUNT_PAPER, COUNT_SET, check_weights, count_paper, count_set, weigh
 from pr1.tasks.boxes import original_boxes
-from pr1.tasks.named import NamedTask, by_record, group_size
+from pr1.tasks.common import by_record, group_size
+from pr1.tasks.named import NamedTask
 
 PRESETS = {"set": COUNT_SET, "paper": COUNT_PAPER}
 # Of one answer at most this many boxes (or twice the targets, if more) are matched; the others count as wrong.

@@ -23,7 +23,7 @@ from pr1.matcher import Boxes
 from pr1.records import Answer, ImageRecord, Sample
 from pr1.rewards import PRESETS, check_weights, score
 from pr1.tasks.boxes import GARBAGE, FoundBox, found_boxes, original_boxes, shifted, text_boxes
-from pr1.tasks.common import TaskOptions
+from pr1.tasks.common import TaskOptions, group_size
 from pr1.tasks.rungs import box_ladders
 
 # Of one answer at most this many boxes (or twice the targets, if more) are matched; the others count as wrong. It
@@ -61,9 +61,8 @@ class DetTask(TaskOptions):
 
     def build(self, record: ImageRecord, family) -> Sample:
         """Record -> sample; decodes the image. Raises ValueError naming the source if it cannot be decoded."""
-        target = replace(record.target, categories=record.categories)
-        return Sample(id=record.id, task=self.name, messages=self.messages(record), images=(record.load(),),
-                      frames=(family.frame(record.width, record.height),), target=target)  # fmt: skip
+        sample = super().build(record, family)
+        return replace(sample, target=replace(sample.target, categories=record.categories))
 
     def answer(self, sample: Sample) -> str:
         """The target as the family writes it: boxes to be found, sorted by x1, then y1 (then as annotated)."""
@@ -106,12 +105,7 @@ class DetTask(TaskOptions):
         is never a target; a prediction of its class with more than half of its own area inside counts neither way,
         unless its pair is worth more than 0.
         """
-        group = {len(answers) for answers in texts}
-        if len(texts) != len(samples) or len(group) > 1:
-            raise ValueError(
-                f"{len(texts)} groups of {sorted(group)} texts for {len(samples)} samples: need one equal group each"
-            )
-        shape = (len(samples), group.pop() if group else 0)
+        shape = (len(samples), group_size(texts, samples))
         if 0 in shape:
             empty = np.zeros(shape, np.float32)
             thought = ["think"] if self.thinking else []

@@ -23,7 +23,8 @@ from pr1.data.scene_tasks import GroundScenes, ground_scenes
 from pr1.records import ImageRecord, Sample
 from pr1.rewards import aligned_iou, check_weights, quality, weigh
 from pr1.tasks.boxes import original_boxes
-from pr1.tasks.named import NamedTask, by_record, group_size
+from pr1.tasks.common import by_record, group_size
+from pr1.tasks.named import NamedTask
 
 # The parts, with what each preset pays for them.
 PARTS = {"set": 0.0, "iou": 0.0, "iou2": 0.0, "boxes": 0.0, "format": 0.0}

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from pr1.families import FAMILIES
-from pr1.records import Answer, Frame, ImageRecord, Sample
+from pr1.records import Answer, Frame, Sample
 from pr1.tasks.boxes import GARBAGE, FoundBox, found_boxes, shifted, text_boxes
 from pr1.tasks.common import TaskOptions
 
 
 class NamedTask(TaskOptions):
     """A task whose targets are NamedTargets. What boxes are labelled does not matter: the prompt names one thing."""
-
-    def build(self, record: ImageRecord, family) -> Sample:
-        """Record -> sample; decodes the image. Raises ValueError naming the source if it cannot be decoded."""
-        return Sample(id=record.id, task=self.name, messages=self.messages(record), images=(record.load(),),
-                      frames=(family.frame(record.width, record.height),), target=record.target)  # fmt: skip
 
     def parse(self, text: str, sample: Sample) -> Answer:
         """Reads an answer, in text units. Raises on no text."""
@@ -109,27 +104,3 @@ def other_units(boxes: np.ndarray, frame: Frame) -> np.ndarray:
     if (own == other).all():
         other = np.array((frame.model_width, frame.model_height) * 2)
     return np.rint(boxes * other / own).astype(np.int64)
-
-
-def group_size(texts: Sequence[Sequence[str]], samples: Sequence[Sample]) -> int:
-    """G of P groups of G texts for P samples. Raises ValueError when they do not fit."""
-    sizes = {len(group) for group in texts}
-    if len(texts) != len(samples) or len(sizes) > 1:
-        raise ValueError(f"{len(texts)} groups of {sorted(sizes)} texts for {len(samples)} samples: need one equal group "
-                         "each")  # fmt: skip
-    return sizes.pop() if sizes else 0
-
-
-def by_record(predictions: Sequence[Mapping], records: Sequence) -> list[Mapping | None]:
-    """The prediction for each record, found by id; None where there is none.
-
-    Raises ValueError for no records and for a prediction of an id that the data does not have.
-    """
-    if not len(records):
-        raise ValueError("there is nothing to evaluate on: no records")
-    lines = {line["id"]: line for line in predictions}
-    unknown = lines.keys() - {record.id for record in records}
-    if unknown:
-        raise ValueError(f"the predictions hold {len(unknown)} ids that the data does not have, such as "
-                         f"{min(unknown)!r}; give the data they were made on (--data)")  # fmt: skip
-    return [lines.get(record.id) for record in records]

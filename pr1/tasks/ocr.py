@@ -17,9 +17,11 @@ from rapidfuzz.distance import Levenshtein
 
 from pr1.data.pages import PageDataset, PageOptions, RenderedPages, load_pages
 from pr1.records import Answer, ImageRecord, Sample
-from pr1.tasks.common import TaskOptions
+from pr1.rewards import check_weights, weigh
+from pr1.tasks.common import TaskOptions, by_record, group_size
 from pr1.text_metric import has_wordnet, page_metrics, plain
 
+PARTS = {"similarity": 1.0, "length_ratio": 0.0}  # what both presets pay for them
 STRANGE = "\u2603"  # a snowman: no page has one
 
 
@@ -30,6 +32,10 @@ class OcrTask(TaskOptions):
     name: ClassVar[str] = "ocr"
     presets: ClassVar[tuple[str, ...]] = ("set", "paper")
     warm_start: ClassVar[str] = "tiny-qwen2.5-vl-ocr"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_weights(PARTS, self.weights, self.preset)
 
     def load(self, data: str, images: str | None, **options) -> PageDataset:
         """JSONL of {"image", "text"}; see `pr1.data.pages.load_pages`."""
@@ -43,11 +49,6 @@ class OcrTask(TaskOptions):
         """Perception-R1's prompt (arXiv 2504.07954), for training and evaluation alike."""
         text = self.request("OCR this image.")
         return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-
-    def build(self, record: ImageRecord, family) -> Sample:
-        """Record -> sample; decodes the image. Raises ValueError naming the source if it cannot be decoded."""
-        return Sample(id=record.id, task=self.name, messages=self.messages(record), images=(record.load(),),
-                      frames=(family.frame(record.width, record.height),), target=record.target)  # fmt: skip
 
     def answer(self, sample: Sample) -> str:
         """The text of the page."""
@@ -68,18 +69,16 @@ class OcrTask(TaskOptions):
     def reward(self, texts: Sequence[Sequence[str]], samples: Sequence[Sample], *, progress: float = 1.0):
         """(P, G) float32 in 0..1 and its parts: similarity; length_ratio, min / max of the two lengths; with thinking
         `think`, 1 if the form is right: without it an answer is worth half. Raises ValueError for unequal groups only."""
-        group = {len(answers) for answers in texts}
-        if len(texts) != len(samples) or len(group) > 1:
-            raise ValueError(f"{len(texts)} groups of {sorted(group)} texts for {len(samples)} samples")
-        shape = (len(samples), group.pop() if group else 0)
+        shape = (len(samples), group_size(texts, samples))
         rows = np.array(
             [self._score(text, sample.target.text) for answers, sample in zip(texts, samples) for text in answers]
         ).reshape(*shape, 3)
         similarity, length_ratio, think = (rows[..., i].astype(np.float32) for i in range(3))
         parts = {"similarity": similarity, "length_ratio": length_ratio}
+        reward = weigh(parts, PARTS, self.weights)
         if self.thinking:
-            return similarity * (0.5 + 0.5 * think), {**parts, "think": think}
-        return similarity, parts
+            reward, parts = reward * (0.5 + 0.5 * think), {**parts, "think": think}
+        return reward.astype(np.float32), parts
 
     def _score(self, text: str, wanted: str) -> tuple[float, float, float]:
         start, end, formed = self.final(text)
@@ -128,17 +127,10 @@ class OcrTask(TaskOptions):
 
     def evaluate(self, predictions: Sequence[Mapping], records: Sequence[ImageRecord]) -> dict[str, float | None]:
         """Means over the pages; a page without a line counts as an empty answer. See `pr1.text_metric`."""
-        if not len(records):
-            raise ValueError("there is nothing to evaluate on: no pages")
-        answers = {line["id"]: line["text"] for line in predictions}
-        records = [records[i] for i in range(len(records))]
-        unknown = answers.keys() - {record.id for record in records}
-        if unknown:
-            raise ValueError(f"predictions name the page {sorted(unknown)[0]!r}, which the data does not hold")
         synonyms = has_wordnet()
         pages = []
-        for record in records:
-            text = answers.get(record.id, "")
+        for line, record in zip(by_record(predictions, records), records):
+            text = line["text"] if line else ""
             start, end, _ = self.final(text)
             pages.append(page_metrics(text[start:end], record.target.text, synonyms))
         return {name: float(np.mean([page[name] for page in pages])) for name in pages[0]}
